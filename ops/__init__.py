@@ -1,0 +1,10 @@
+"""torch.library ops in the namespace `hstu_compile::`: each with its reference, fake and autograd formula."""
+
+if __name__ != "hstu_compile.ops":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; import it as hstu_compile.ops (a second copy would register its ops twice)"
+    )
+
+from hstu_compile.ops.hstu_attention import hstu_attention
+
+__all__ = ["hstu_attention"]

@@ -1,0 +1,1 @@
+"""GPU kernels (Triton and Gluon). Nothing here is imported before the first launch."""

@@ -1,0 +1,53 @@
+"""What the passes decided, region by region, in words a user can act on."""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Region:
+    """One place in the model that a recogniser looked at.
+
+    `reason` is None for a fused region; for a near miss it names the first thing that did not fit.
+    """
+
+    pass_name: str
+    what: str  # in words: "causal; targets = num_targets; divisor 1024"
+    source: str  # "file.py:123: code of that line", the user's own
+    reason: str | None = None
+    kernel: str | None = None  # which kernel runs, and why not a faster one
+
+    @property
+    def fused(self) -> bool:
+        return self.reason is None
+
+
+@dataclass
+class Report:
+    """All decisions for one captured graph."""
+
+    regions: list[Region] = field(default_factory=list)
+
+    def add(self, region: Region) -> None:
+        self.regions.append(region)
+
+    def fused(self, pass_name: str | None = None) -> list[Region]:
+        return [r for r in self.regions if r.fused and pass_name in (None, r.pass_name)]
+
+    def missed(self, pass_name: str | None = None) -> list[Region]:
+        return [r for r in self.regions if not r.fused and pass_name in (None, r.pass_name)]
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's own line behind a node: the innermost frame of its stack trace outside torch."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = trace.strip().splitlines()
+    for i in range(len(lines) - 1, -1, -1):
+        line = lines[i].strip()
+        if line.startswith('File "'):
+            path, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
+            if "/torch/" not in path:
+                code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+                return f"{path}:{number}: {code}"
+    return "unknown source"
