@@ -1,0 +1,190 @@
+"""`hstu_compile::hstu_attention`: HSTU attention, jagged or dense, with its backward, as a torch.library op."""
+
+import torch
+from torch import Tensor
+
+from hstu_compile.ops import kernel_table
+from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
+from hstu_compile.ops.validation import check_attention_arguments, check_attention_values
+
+# Everything after q, k, v. The order is the op's contract with the passes.
+PARAMETERS = (
+    "seq_offsets",
+    "seq_lengths",
+    "num_targets",
+    "num_contextuals",
+    "attn_mask",
+    "attn_bias",
+    "max_seq_len",
+    "alpha",
+    "scaling_seq_len",
+    "causal",
+    "contextual_seq_len",
+    "target_group_size",
+    "max_attn_len",
+    "min_full_attn_seq_len",
+    "targets_share_position",
+)
+ATTN_BIAS = 3 + PARAMETERS.index("attn_bias")
+
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? seq_offsets, Tensor? seq_lengths, Tensor? num_targets, Tensor? num_contextuals, "
+    "Tensor? attn_mask, Tensor? attn_bias, SymInt max_seq_len, float alpha, Scalar scaling_seq_len, bool causal, "
+    "SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, SymInt min_full_attn_seq_len, "
+    "bool targets_share_position"
+)
+torch.library.define("hstu_compile::hstu_attention", f"({SCHEMA}) -> Tensor")
+torch.library.define(
+    "hstu_compile::hstu_attention_backward",
+    f"(Tensor dout, {SCHEMA}, bool needs_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seq_offsets: Tensor | None = None,
+    seq_lengths: Tensor | None = None,
+    num_targets: Tensor | None = None,
+    num_contextuals: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    max_seq_len: int,
+    alpha: float,
+    scaling_seq_len: float,
+    causal: bool = True,
+    contextual_seq_len: int = 0,
+    target_group_size: int = 1,
+    max_attn_len: int = 0,
+    min_full_attn_seq_len: int = 0,
+    targets_share_position: bool = False,
+) -> Tensor:
+    """silu(alpha * q kT + attn_bias) / scaling_seq_len * mask @ v, per sequence and head; no softmax.
+
+    Zhai et al., "Actions Speak Louder than Words", arXiv:2402.17152. The mask family is `ops/attention_mask.py`.
+
+    Args:
+        q, k: [T, H, attn_dim] (jagged) or [B, N, H, attn_dim] (dense); fp32, fp16 or bf16. The last dimension is
+            contiguous, every other stride is free: slices of a packed uvqk buffer are used in place.
+        v: [T, H, hidden_dim] or [B, N, H, hidden_dim], the dtype of q.
+        seq_offsets: [B + 1] int32 or int64, from 0, never decreasing, at most T. Jagged layout only. Rows of q beyond
+            the last offset belong to no sequence: they are never read, their output and gradients are 0.
+        seq_lengths: [B], dense layout only: rows and columns from there on are unused, as above. Default: all N.
+        num_targets: [B], the candidates at the end of each sequence.
+        num_contextuals: [B], the contextual tokens at the start of each; or `contextual_seq_len`, the same for all.
+        attn_mask: [B|1, H|1, N, N], bool or a number that multiplies the attention weight (not differentiable).
+        attn_bias: [B|1, H|1, N, N], added to the scaled scores, differentiable. N = max_seq_len, also when jagged.
+        max_seq_len: at least the longest sequence (it bounds the launch); N when dense.
+        alpha: multiplies q kT.
+        scaling_seq_len: the divisor.
+        causal, target_group_size, max_attn_len, min_full_attn_seq_len, targets_share_position: see `attention_mask`.
+
+    Returns:
+        [T, H, hidden_dim] or [B, N, H, hidden_dim], contiguous, the dtype of q, accumulated in fp32. Deterministic.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what was expected.
+    """
+    return torch.ops.hstu_compile.hstu_attention(
+        q,
+        k,
+        v,
+        seq_offsets,
+        seq_lengths,
+        num_targets,
+        num_contextuals,
+        attn_mask,
+        attn_bias,
+        max_seq_len,
+        alpha,
+        scaling_seq_len,
+        causal,
+        contextual_seq_len,
+        target_group_size,
+        max_attn_len,
+        min_full_attn_seq_len,
+        targets_share_position,
+    )
+
+
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.register_fake("hstu_compile::hstu_attention")
+def _forward_fake(q, k, v, *args):
+    check_attention_arguments(q, k, v, **dict(zip(PARAMETERS, args, strict=True)))
+    return _output(q, v)
+
+
+@torch.library.register_fake("hstu_compile::hstu_attention_backward")
+def _backward_fake(dout, q, k, v, *args):
+    attn_bias, needs_bias_grad = args[PARAMETERS.index("attn_bias")], args[-1]
+    dbias = q.new_empty(0) if not needs_bias_grad or attn_bias is None else attn_bias.new_empty(attn_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _kernel(q: Tensor, v: Tensor, named: dict) -> kernel_table.Choice:
+    return kernel_table.choose_attention(
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        has_mask=named["attn_mask"] is not None,
+        has_bias=named["attn_bias"] is not None,
+    )
+
+
+def _for_kernel(named: dict) -> dict:
+    scaling_seq_len = named.pop("scaling_seq_len")
+    return {**named, "scale": 1.0 / scaling_seq_len}
+
+
+@torch.library.impl("hstu_compile::hstu_attention", ("CPU", "CUDA"))
+def _forward(q, k, v, *args):
+    named = dict(zip(PARAMETERS, args, strict=True))
+    check_attention_arguments(q, k, v, **named)
+    if q.device.type == "cpu":
+        check_attention_values(q, **named)
+    kernel = _kernel(q, v, named)
+    if kernel.is_reference:
+        return hstu_attention_reference(q, k, v, **named)
+    return kernel.module().forward(q, k, v, **_for_kernel(named))
+
+
+@torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
+def _backward_impl(dout, q, k, v, *args):
+    *args, needs_bias_grad = args
+    named = dict(zip(PARAMETERS, args, strict=True))
+    kernel = _kernel(q, v, named)
+    if kernel.is_reference:
+        grads = hstu_attention_backward_reference(dout, q, k, v, **named, needs_bias_grad=needs_bias_grad)
+    else:
+        grads = kernel.module().backward(dout, q, k, v, **_for_kernel(named), needs_bias_grad=needs_bias_grad)
+    dq, dk, dv, dbias = grads
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.others = [], []
+    for i, value in enumerate(inputs):
+        is_tensor = isinstance(value, Tensor)
+        tensors.extend([value] if is_tensor else [])
+        ctx.others.append(None if is_tensor else (value,))
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dout):
+    tensors = iter(ctx.saved_tensors)
+    inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
+    needs_bias_grad = ctx.needs_input_grad[ATTN_BIAS]
+    dq, dk, dv, dbias = torch.ops.hstu_compile.hstu_attention_backward(dout, *inputs, needs_bias_grad)
+    grads = [dq, dk, dv] + [None] * len(PARAMETERS)
+    if needs_bias_grad:
+        grads[ATTN_BIAS] = dbias
+    return tuple(grads)
+
+
+torch.library.register_autograd("hstu_compile::hstu_attention", _backward, setup_context=_setup_context)

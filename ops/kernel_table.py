@@ -1,0 +1,67 @@
+"""Which kernel runs an op on a device: exact match on the architecture's major version, else the portable Triton kernel.
+
+Never "the highest that is lower": sm_90a code does not run on sm_100.
+"""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+KERNELS = "hstu_compile.ops.kernels"
+PORTABLE = "attention_triton"
+REFERENCE = "plain PyTorch"
+ATTENTION = {9: "attention_sm90"}  # capability's major version -> module
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel module that will run, and why each faster one does not."""
+
+    name: str
+    declined: tuple[str, ...] = ()
+
+    @property
+    def is_reference(self) -> bool:
+        return self.name == REFERENCE
+
+    def module(self) -> ModuleType:
+        return importlib.import_module(f"{KERNELS}.{self.name}")
+
+    def __str__(self) -> str:
+        return "; ".join((self.name, *self.declined))
+
+
+@functools.cache
+def choose_attention(
+    device: torch.device, dtype: torch.dtype, attn_dim: int, hidden_dim: int, *, has_mask: bool, has_bias: bool
+) -> Choice:
+    """The fastest kernel that supports the call; the plain PyTorch reference where none does."""
+    if device.type != "cuda":
+        return Choice(REFERENCE, (f"no kernel for device type {device.type}",))
+    if importlib.util.find_spec("triton") is None:
+        return Choice(REFERENCE, ("triton is not installed",))
+    capability = torch.cuda.get_device_capability(device)
+    declined: list[str] = []
+    for name in (ATTENTION.get(capability[0]), PORTABLE):
+        if name is None:
+            declined.append(f"no kernel of its own for sm_{capability[0]}{capability[1]}")
+            continue
+        module = importlib.import_module(f"{KERNELS}.{name}")
+        reason = module.unsupported(
+            capability, dtype=dtype, attn_dim=attn_dim, hidden_dim=hidden_dim, has_mask=has_mask, has_bias=has_bias
+        )
+        if reason is None:
+            return Choice(name, tuple(declined))
+        declined.append(f"not {name}: {reason}")
+    return Choice(REFERENCE, tuple(declined))
+
+
+def describe(
+    device: torch.device, dtype: torch.dtype, attn_dim: int, hidden_dim: int, *, has_mask: bool, has_bias: bool
+) -> str:
+    """One line for a report."""
+    return str(choose_attention(device, dtype, attn_dim, hidden_dim, has_mask=has_mask, has_bias=has_bias))

@@ -1,0 +1,130 @@
+"""Argument checks of the attention op. Every message names the argument, its value and what was expected."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def expect(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"hstu_attention: {name} is {value}, expected {expected}")
+
+
+def _same(actual, expected, name: str, value: object, text: str) -> None:
+    # Sizes may be symbolic: torch._check records the equality instead of specialising to it.
+    def message() -> str:
+        return f"hstu_attention: {name} is {value}, expected {text}"
+
+    if isinstance(actual, int) and isinstance(expected, int):
+        expect(actual == expected, name, value, text)
+    else:
+        torch._check(actual == expected, message)
+
+
+def check_attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seq_offsets: Tensor | None,
+    seq_lengths: Tensor | None,
+    num_targets: Tensor | None,
+    num_contextuals: Tensor | None,
+    attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    max_seq_len: int,
+    alpha: float,
+    scaling_seq_len: float,
+    causal: bool,
+    contextual_seq_len: int,
+    target_group_size: int,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+    targets_share_position: bool,
+) -> None:
+    """Ranks, shapes, dtypes and devices; reads no tensor's content."""
+    jagged = seq_offsets is not None
+    rank, layout = (3, "[T, H, D] (seq_offsets given)") if jagged else (4, "[B, N, H, D] (no seq_offsets)")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        expect(t.dim() == rank, f"the shape of {name}", tuple(t.shape), layout)
+        expect(t.dtype in DTYPES, f"the dtype of {name}", t.dtype, "float32, float16 or bfloat16")
+        expect(t.dtype == q.dtype, f"the dtype of {name}", t.dtype, f"that of q, {q.dtype}")
+        expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
+        for dim in range(rank - 1):
+            _same(t.shape[dim], q.shape[dim], f"the shape of {name}", tuple(t.shape), f"{tuple(q.shape[:-1])} as in q")
+    _same(k.shape[-1], q.shape[-1], "the shape of k", tuple(k.shape), f"that of q, {tuple(q.shape)}")
+
+    expect(not (jagged and seq_lengths is not None), "seq_lengths", "given", "None when seq_offsets are given")
+    if jagged:
+        batch = seq_offsets.shape[0] - 1
+    else:
+        batch = q.shape[0]
+        _same(q.shape[1], max_seq_len, "max_seq_len", max_seq_len, f"N = {q.shape[1]} of the dense q")
+    counts = (("seq_lengths", seq_lengths), ("num_targets", num_targets), ("num_contextuals", num_contextuals))
+    for name, t in (("seq_offsets", seq_offsets), *counts):
+        if t is None:
+            continue
+        expect(t.dim() == 1, f"the shape of {name}", tuple(t.shape), "one dimension")
+        expect(t.dtype in (torch.int32, torch.int64), f"the dtype of {name}", t.dtype, "int32 or int64")
+        expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
+        if name != "seq_offsets":
+            _same(t.shape[0], batch, f"the shape of {name}", tuple(t.shape), f"[B] = [{batch}]")
+    for name, t in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
+        if t is None:
+            continue
+        expect(t.dim() == 4, f"the shape of {name}", tuple(t.shape), "[B|1, H|1, N, N]")
+        expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
+        for dim, full, may_be_one in ((0, batch, True), (1, q.shape[-2], True), (2, max_seq_len, False), (3, max_seq_len, False)):
+            if not (may_be_one and isinstance(t.shape[dim], int) and t.shape[dim] == 1):
+                _same(t.shape[dim], full, f"the shape of {name}", tuple(t.shape), f"[B|1, H|1, {max_seq_len}, {max_seq_len}]")
+    if attn_bias is not None:
+        expect(attn_bias.is_floating_point(), "the dtype of attn_bias", attn_bias.dtype, "a floating point dtype")
+    if attn_mask is not None:
+        expect(not attn_mask.requires_grad, "attn_mask.requires_grad", True, "False: the mask has no gradient")
+    # Symbolic sizes are left to the launch: a comparison here would specialise the graph.
+    for name, value, least in (
+        ("contextual_seq_len", contextual_seq_len, 0),
+        ("target_group_size", target_group_size, 1),
+        ("max_attn_len", max_attn_len, 0),
+        ("min_full_attn_seq_len", min_full_attn_seq_len, 0),
+        ("max_seq_len", max_seq_len, 0),
+    ):
+        expect(not isinstance(value, int) or value >= least, name, value, f"at least {least}")
+    expect(not isinstance(scaling_seq_len, (int, float)) or scaling_seq_len != 0, "scaling_seq_len", 0, "not 0")
+
+
+def check_attention_values(
+    q: Tensor,
+    *,
+    seq_offsets: Tensor | None,
+    seq_lengths: Tensor | None,
+    num_targets: Tensor | None,
+    num_contextuals: Tensor | None,
+    max_seq_len: int,
+    contextual_seq_len: int,
+    **_others,
+) -> None:
+    """Offsets, lengths and counts themselves. On a GPU this waits for the device: only the debug option calls it there."""
+    if seq_offsets is not None:
+        expect(seq_offsets.numel() > 0, "the shape of seq_offsets", tuple(seq_offsets.shape), "[B + 1]")
+        offsets = seq_offsets.tolist()
+        expect(offsets[0] == 0, "seq_offsets[0]", offsets[0], "0")
+        lengths = seq_offsets.diff()
+        decrease = lengths.lt(0).nonzero().flatten().tolist()
+        expect(not decrease, f"seq_offsets[{decrease[0] + 1 if decrease else 0}]", f"below the one before: {offsets}", "no decrease")
+        expect(offsets[-1] <= q.shape[0], "seq_offsets[-1]", offsets[-1], f"at most T = {q.shape[0]}")
+    elif seq_lengths is not None:
+        lengths = seq_lengths
+        expect(bool((lengths >= 0).all()), "seq_lengths", lengths.tolist(), "no negative length")
+    else:
+        lengths = torch.full((q.shape[0],), max_seq_len, device=q.device)
+    if lengths.numel() == 0:
+        return
+    longest = int(lengths.max())
+    expect(longest <= max_seq_len, "max_seq_len", max_seq_len, f"at least the longest sequence, {longest}")
+    targets = torch.zeros_like(lengths) if num_targets is None else num_targets
+    contextual = torch.full_like(lengths, contextual_seq_len) if num_contextuals is None else num_contextuals
+    expect(bool((targets >= 0).all()), "num_targets", targets.tolist(), "no negative count")
+    expect(bool((contextual >= 0).all()), "num_contextuals", contextual.tolist(), "no negative count")
+    expect(bool((targets <= lengths).all()), "num_targets", targets.tolist(), f"at most the lengths {lengths.tolist()}")
