@@ -142,6 +142,16 @@ def _for_kernel(named: dict) -> dict:
     return {**named, "scale": 1.0 / scaling_seq_len}
 
 
+def _with_zero_tail(outputs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> tuple[Tensor, ...]:
+    """The kernels write the rows of sequences; rows beyond the last offset are promised to be 0."""
+    if seq_offsets is not None:
+        from hstu_compile.ops.kernels.zero_tail import zero_tail
+
+        for out in outputs:
+            zero_tail(out, seq_offsets)
+    return outputs
+
+
 @torch.library.impl("hstu_compile::hstu_attention", ("CPU", "CUDA"))
 def _forward(q, k, v, *args):
     named = dict(zip(PARAMETERS, args, strict=True))
@@ -151,7 +161,8 @@ def _forward(q, k, v, *args):
     kernel = _kernel(q, v, named)
     if kernel.is_reference:
         return hstu_attention_reference(q, k, v, **named)
-    return kernel.module().forward(q, k, v, **_for_kernel(named))
+    out = kernel.module().forward(q, k, v, **_for_kernel(named))
+    return _with_zero_tail((out,), named["seq_offsets"])[0]
 
 
 @torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
@@ -163,6 +174,7 @@ def _backward_impl(dout, q, k, v, *args):
         grads = hstu_attention_backward_reference(dout, q, k, v, **named, needs_bias_grad=needs_bias_grad)
     else:
         grads = kernel.module().backward(dout, q, k, v, **_for_kernel(named), needs_bias_grad=needs_bias_grad)
+        _with_zero_tail(grads[:3], named["seq_offsets"])
     dq, dk, dv, dbias = grads
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 

@@ -27,7 +27,7 @@ class PaddedSequences:
         if seq_offsets is not None:
             self.lengths = seq_offsets[1:] - seq_offsets[:-1]
             self.used = column < self.lengths[:, None]  # [B, N]
-            self.source = torch.where(self.used, seq_offsets[:-1, None] + column, 0)
+            self.source = torch.where(self.used, seq_offsets[:-1, None] + column, self.total)  # total: a row of zeros
         elif seq_lengths is not None:
             self.lengths = seq_lengths
             self.used = column < self.lengths[:, None]
@@ -38,9 +38,7 @@ class PaddedSequences:
     def pad(self, x: Tensor) -> Tensor:
         """[T, H, D] or [B, N, H, D] -> [B, N, H, D]."""
         if self.source is not None:
-            if self.total == 0:
-                return x.new_zeros(*self.source.shape, *x.shape[1:])
-            x = x[self.source]
+            return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.source]
         return torch.where(self.used[..., None, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def unpad(self, x: Tensor) -> Tensor:

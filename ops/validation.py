@@ -75,9 +75,20 @@ def check_attention_arguments(
             continue
         expect(t.dim() == 4, f"the shape of {name}", tuple(t.shape), "[B|1, H|1, N, N]")
         expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
-        for dim, full, may_be_one in ((0, batch, True), (1, q.shape[-2], True), (2, max_seq_len, False), (3, max_seq_len, False)):
+        for dim, full, may_be_one in (
+            (0, batch, True),
+            (1, q.shape[-2], True),
+            (2, max_seq_len, False),
+            (3, max_seq_len, False),
+        ):
             if not (may_be_one and isinstance(t.shape[dim], int) and t.shape[dim] == 1):
-                _same(t.shape[dim], full, f"the shape of {name}", tuple(t.shape), f"[B|1, H|1, {max_seq_len}, {max_seq_len}]")
+                _same(
+                    t.shape[dim],
+                    full,
+                    f"the shape of {name}",
+                    tuple(t.shape),
+                    f"[B|1, H|1, {max_seq_len}, {max_seq_len}]",
+                )
     if attn_bias is not None:
         expect(attn_bias.is_floating_point(), "the dtype of attn_bias", attn_bias.dtype, "a floating point dtype")
     if attn_mask is not None:
@@ -112,7 +123,12 @@ def check_attention_values(
         expect(offsets[0] == 0, "seq_offsets[0]", offsets[0], "0")
         lengths = seq_offsets.diff()
         decrease = lengths.lt(0).nonzero().flatten().tolist()
-        expect(not decrease, f"seq_offsets[{decrease[0] + 1 if decrease else 0}]", f"below the one before: {offsets}", "no decrease")
+        expect(
+            not decrease,
+            f"seq_offsets[{decrease[0] + 1 if decrease else 0}]",
+            f"below the one before: {offsets}",
+            "no decrease",
+        )
         expect(offsets[-1] <= q.shape[0], "seq_offsets[-1]", offsets[-1], f"at most T = {q.shape[0]}")
     elif seq_lengths is not None:
         lengths = seq_lengths

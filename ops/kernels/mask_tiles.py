@@ -1,0 +1,262 @@
+"""The mask family of `ops/attention_mask.py` in Triton: cell by cell, and tile by tile.
+
+A tile of rows (queries) by columns (keys) is skipped where no cell lives and takes no mask arithmetic where all do. The
+spans that the kernels walk may hold a dead tile, never miss a live one: the cells decide.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Mask(NamedTuple):
+    """The mask of one sequence: scalars known when the kernel runs, flags known when it is compiled."""
+
+    length: Any
+    contextual: Any
+    history_end: Any  # the first target, or length
+    shift: Any  # contextual rows share position 0: position(i) = max(i - shift, 0)
+    end_position: Any  # of the first target
+    target_group_size: Any
+    max_attn_len: Any
+    min_full_attn_seq_len: Any
+    CAUSAL: tl.constexpr
+    CONTEXT: tl.constexpr
+    TARGETS: tl.constexpr
+    WINDOW: tl.constexpr
+    SHARED: tl.constexpr  # targets share one position
+
+
+class Spans(NamedTuple):
+    """Up to three runs of tiles in ascending order: where each starts, how many tiles it has."""
+
+    start0: Any
+    count0: Any
+    start1: Any
+    count1: Any
+    start2: Any
+    count2: Any
+
+
+@triton.jit
+def sequence_mask(
+    batch,
+    length,
+    num_targets,
+    num_contextuals,
+    contextual_seq_len,
+    target_group_size,
+    max_attn_len,
+    min_full_attn_seq_len,
+    CAUSAL: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """The Mask of sequence `batch`; num_targets and num_contextuals are pointers to [B] or None."""
+    history_end = length
+    if num_targets is not None:
+        history_end = length - tl.load(num_targets + batch).to(tl.int32)
+    contextual = contextual_seq_len
+    if num_contextuals is not None:
+        contextual = tl.load(num_contextuals + batch).to(tl.int32)
+    shift = tl.maximum(contextual - 1, 0)
+    return Mask(
+        length,
+        contextual,
+        history_end,
+        shift,
+        tl.maximum(history_end - shift, 0),
+        target_group_size,
+        max_attn_len,
+        min_full_attn_seq_len,
+        CAUSAL,
+        CONTEXT,
+        num_targets is not None,
+        WINDOW,
+        SHARED,
+    )
+
+
+@triton.jit
+def position(i, m):
+    """Where row or column i stands in the order of the sequence."""
+    if m.CONTEXT:
+        return tl.maximum(i - m.shift, 0)
+    else:
+        return i
+
+
+@triton.jit
+def window_position(i, m):
+    """Where row or column i stands for the window."""
+    if m.SHARED:
+        return tl.minimum(position(i, m), m.end_position)
+    else:
+        return position(i, m)
+
+
+@triton.jit
+def live_cells(rows, cols, m):
+    """True where query `rows` attends to key `cols`; the two broadcast against each other."""
+    row_position = position(rows, m)
+    col_position = position(cols, m)
+    if m.CAUSAL:
+        live = (rows == cols) | (row_position > col_position)
+    else:
+        live = (rows == cols) | (row_position != col_position)
+    if m.TARGETS:
+        row_group = (rows - m.history_end) // m.target_group_size
+        col_group = (cols - m.history_end) // m.target_group_size
+        live = live & ((rows < m.history_end) | (cols < m.history_end) | (row_group == col_group))
+    if m.WINDOW:
+        row_at = window_position(rows, m)
+        col_at = window_position(cols, m)
+        exempt = (m.min_full_attn_seq_len > 0) & (row_at >= m.end_position - m.min_full_attn_seq_len)
+        live = live & ((tl.abs(row_at - col_at) <= m.max_attn_len) | exempt)
+    if m.CONTEXT:
+        live = live | ((rows < m.contextual) & (cols < m.history_end))
+    return live & (rows < m.length) & (cols < m.length)
+
+
+@triton.jit
+def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
+    """Whether every cell of a tile lives; may say no where it does."""
+    row1 = row0 + ROWS - 1
+    col1 = col0 + COLS - 1
+    whole = (row1 < m.length) & (col1 < m.length)
+    if m.CAUSAL:
+        whole = whole & (position(row0, m) > position(col1, m))
+    elif m.CONTEXT:
+        whole = whole & ((m.shift == 0) | (row0 > m.shift) | (col0 > m.shift))
+    if m.TARGETS:
+        whole = whole & ((row1 < m.history_end) | (col1 < m.history_end))
+    if m.WINDOW:
+        before = window_position(row1, m) - window_position(col0, m)
+        after = window_position(col1, m) - window_position(row0, m)
+        exempt = (m.min_full_attn_seq_len > 0) & (window_position(row0, m) >= m.end_position - m.min_full_attn_seq_len)
+        whole = whole & ((tl.maximum(before, after) <= m.max_attn_len) | exempt)
+    return whole
+
+
+@triton.jit
+def groups_around(first, last, m):
+    """The targets [start, end) in the groups of targets first .. last; rows before the first target count as it."""
+    start = m.history_end + tl.maximum(first - m.history_end, 0) // m.target_group_size * m.target_group_size
+    groups_end = (tl.maximum(last - m.history_end, 0) // m.target_group_size + 1) * m.target_group_size
+    return start, tl.minimum(m.history_end + groups_end, m.length)
+
+
+@triton.jit
+def window_bounds(first, last, m):
+    """Rows or columns [low, high) within the window of at least one of first .. last, exemption aside."""
+    low_position = window_position(first, m) - m.max_attn_len
+    low = tl.where(low_position <= 0, 0, low_position + m.shift)
+    high_position = window_position(last, m) + m.max_attn_len
+    high = tl.minimum(high_position + m.shift + 1, m.length)
+    if m.SHARED:
+        high = tl.where(high_position >= m.end_position, m.length, high)
+    return low, high
+
+
+@triton.jit
+def spans_of(low0, high0, low1, high1, low2, high2, TILE: tl.constexpr):
+    """Index ranges, ascending and possibly overlapping or empty, as runs of tiles of which no tile is in two."""
+    start0 = low0 // TILE
+    end0 = tl.maximum(tl.cdiv(high0, TILE), start0)
+    start1 = tl.maximum(low1 // TILE, end0)
+    end1 = tl.maximum(tl.cdiv(high1, TILE), start1)
+    start2 = tl.maximum(low2 // TILE, end1)
+    end2 = tl.maximum(tl.cdiv(high2, TILE), start2)
+    return Spans(start0, end0 - start0, start1, end1 - start1, start2, end2 - start2)
+
+
+@triton.jit
+def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
+    """Column tiles that hold every key to which rows row0 .. row0 + ROWS - 1 attend; none if row0 is unused."""
+    row1 = tl.minimum(row0 + ROWS, m.length) - 1  # the last row
+    low = 0
+    high = m.length
+    if m.CAUSAL:
+        high = row1 + 1
+    if m.WINDOW:
+        low, window_high = window_bounds(row0, row1, m)
+        exempt = (m.min_full_attn_seq_len > 0) & (window_position(row1, m) >= m.end_position - m.min_full_attn_seq_len)
+        low = tl.where(exempt, 0, low)
+        high = tl.where(exempt, high, tl.minimum(high, window_high))
+    group_low = 0
+    group_high = 0
+    if m.TARGETS:
+        group_low, group_high = groups_around(row0, row1, m)
+        group_high = tl.where(row1 >= m.history_end, tl.minimum(group_high, high), 0)
+        if m.CAUSAL:
+            high = tl.minimum(high, m.history_end)
+        else:
+            high = tl.where(row0 >= m.history_end, tl.minimum(high, m.history_end), high)
+    if m.CONTEXT:
+        contextual = row0 < m.contextual
+        low = tl.where(contextual, 0, low)
+        high = tl.where(contextual, tl.maximum(high, m.history_end), high)
+    used = row0 < m.length
+    return spans_of(low, tl.where(used, high, 0), group_low, tl.where(used, group_high, 0), 0, 0, COLS)
+
+
+@triton.jit
+def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
+    """Row tiles that hold every query which attends to keys col0 .. col0 + COLS - 1; none if col0 is unused."""
+    col1 = tl.minimum(col0 + COLS, m.length) - 1  # the last column
+    low = 0
+    high = m.length
+    if m.CAUSAL:
+        low = col0
+    exempt_low = 0  # rows from here on are exempt from the window
+    exempt_high = 0
+    if m.WINDOW:
+        window_low, window_high = window_bounds(col0, col1, m)
+        exempt_position = m.end_position - m.min_full_attn_seq_len
+        exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + m.shift)
+        exempt_low = tl.maximum(exempt_low, low)
+        exempt_high = tl.where(m.min_full_attn_seq_len > 0, high, 0)
+        low = tl.maximum(low, window_low)
+        high = tl.minimum(high, window_high)
+    if m.TARGETS:
+        # Keys that are all targets: history (if it looks ahead), then their own groups.
+        group_low, group_high = groups_around(col0, col1, m)
+        only_targets = col0 >= m.history_end
+        if m.CAUSAL:
+            low = tl.where(only_targets, tl.maximum(low, group_low), low)
+            high = tl.where(only_targets, tl.minimum(high, group_high), high)
+            exempt_high = tl.where(only_targets, tl.minimum(exempt_high, group_high), exempt_high)
+        else:
+            history_low = tl.where(exempt_high > 0, tl.minimum(low, exempt_low), low)
+            history_high = tl.where(exempt_high > 0, m.history_end, tl.minimum(high, m.history_end))
+            low = tl.where(only_targets, history_low, low)
+            high = tl.where(only_targets, history_high, high)
+            exempt_low = tl.where(only_targets, group_low, exempt_low)
+            exempt_high = tl.where(only_targets, group_high, exempt_high)
+    contextual_high = 0
+    if m.CONTEXT:
+        contextual_high = tl.where(col0 < m.history_end, m.contextual, 0)
+    used = col0 < m.length
+    return spans_of(
+        0,
+        tl.where(used, contextual_high, 0),
+        low,
+        tl.where(used, high, 0),
+        exempt_low,
+        tl.where(used, exempt_high, 0),
+        ROWS,
+    )
+
+
+@triton.jit
+def num_tiles(spans):
+    return spans.count0 + spans.count1 + spans.count2
+
+
+@triton.jit
+def nth_tile(i, spans):
+    """The i-th tile of the runs."""
+    tile = tl.where(i < spans.count0, spans.start0 + i, spans.start1 + i - spans.count0)
+    return tl.where(i < spans.count0 + spans.count1, tile, spans.start2 + i - spans.count0 - spans.count1)
