@@ -1,6 +1,6 @@
 """The one tolerance of this project: an error budget in units of what eager PyTorch loses in the same dtype.
 
-    max|ours - reference| <= m * max|eager - reference|,     reference in float64, m = 2 forward, 5 backward
+max|ours - reference| <= m * max|eager - reference|,     reference in float64, m = 2 forward, 5 backward
 """
 
 import torch
@@ -19,9 +19,9 @@ def max_error(x: Tensor, reference: Tensor) -> float:
 
 
 def assert_within_budget(ours: Tensor, eager: Tensor, reference: Tensor, m: float, name: str = "output") -> float:
-    """Fail unless ours is within m times eager's own error; returns the ratio (below m, or 0 for an exact result).
+    """Fail unless ours is within m times eager's own error; returns the ratio (at most m).
 
-    The floor of one rounding of the largest reference value keeps the budget meaningful where eager happens to be exact.
+    One rounding of the largest reference value is the least budget: eager may happen to be exact.
     """
     if ours.dtype != eager.dtype:
         raise AssertionError(f"{name}: dtype {ours.dtype} where eager has {eager.dtype}")

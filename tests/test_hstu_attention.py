@@ -1,4 +1,4 @@
-"""The attention op on whatever device is there: against float64, its gradients, opcheck, and what it says to bad input."""
+"""The attention op on whatever device is there: against float64, gradients, opcheck, what it says to bad input."""
 
 import pytest
 import torch
@@ -228,8 +228,10 @@ def op_arguments(lengths, dtype, layout, mask, requires_grad=True):
     return q, k, v, *(named[p] for p in PARAMETERS)
 
 
-@pytest.mark.parametrize("layout", ["packed", "interleaved"])
-@pytest.mark.parametrize("lengths", [[3, 0, 5], [0, 0]], ids=str)
+# opcheck itself cannot clone an empty view with gaps, hence no empty interleaved case.
+@pytest.mark.parametrize(
+    "lengths, layout", [([3, 0, 5], "packed"), ([3, 0, 5], "interleaved"), ([0, 0], "packed")], ids=str
+)
 @pytest.mark.parametrize("mask", ["causal", "targets and window", "bias"])
 def test_opcheck(layout, lengths, mask):
     extra: dict = {}
