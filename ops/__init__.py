@@ -2,7 +2,7 @@
 
 if __name__ != "hstu_compile.ops":
     raise ImportError(
-        f"this folder was imported as {__name__!r}; import it as hstu_compile.ops (a second copy would register its ops twice)"
+        f"imported as {__name__!r}; import it as hstu_compile.ops (a second copy would register its ops twice)"
     )
 
 from hstu_compile.ops.hstu_attention import hstu_attention

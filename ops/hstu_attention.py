@@ -28,8 +28,8 @@ PARAMETERS = (
 ATTN_BIAS = 3 + PARAMETERS.index("attn_bias")
 
 SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor? seq_offsets, Tensor? seq_lengths, Tensor? num_targets, Tensor? num_contextuals, "
-    "Tensor? attn_mask, Tensor? attn_bias, SymInt max_seq_len, float alpha, Scalar scaling_seq_len, bool causal, "
+    "Tensor q, Tensor k, Tensor v, Tensor? seq_offsets, Tensor? seq_lengths, Tensor? num_targets, "
+    "Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, SymInt max_seq_len, float alpha, Scalar scaling_seq_len, bool causal, "
     "SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, SymInt min_full_attn_seq_len, "
     "bool targets_share_position"
 )

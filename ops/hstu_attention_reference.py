@@ -2,9 +2,9 @@
 
     s = alpha * q kT + bias        p = silu(s) * mask / scaling_seq_len        out = p v
 
-(Zhai et al., "Actions Speak Louder than Words", arXiv:2402.17152: pointwise attention without softmax.) Jagged inputs are
-padded to [B, N, H, D] and the result is gathered back: clear, not fast. fp16 and bf16 are computed in float32 and rounded
-once, as the kernels do.
+(Zhai et al., "Actions Speak Louder than Words", arXiv:2402.17152: pointwise attention without softmax.) Jagged inputs
+are padded to [B, N, H, D] and the result is gathered back: clear, not fast. fp16 and bf16 are computed in float32 and
+rounded once, as the kernels do.
 """
 
 import torch

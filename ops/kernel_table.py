@@ -1,4 +1,4 @@
-"""Which kernel runs an op on a device: exact match on the architecture's major version, else the portable Triton kernel.
+"""Which kernel runs an op: exact match on the architecture's major version, else the portable Triton kernel.
 
 Never "the highest that is lower": sm_90a code does not run on sm_100.
 """

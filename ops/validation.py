@@ -116,7 +116,7 @@ def check_attention_values(
     contextual_seq_len: int,
     **_others,
 ) -> None:
-    """Offsets, lengths and counts themselves. On a GPU this waits for the device: only the debug option calls it there."""
+    """Offsets, lengths and counts themselves. On a GPU this waits for the device: only the debug option does it."""
     if seq_offsets is not None:
         expect(seq_offsets.numel() > 0, "the shape of seq_offsets", tuple(seq_offsets.shape), "[B + 1]")
         offsets = seq_offsets.tolist()

@@ -1,4 +1,4 @@
-"""Rows of a jagged result that belong to no sequence (T padded beyond the last offset) are 0, not uninitialised memory."""
+"""Rows of a jagged result that belong to no sequence (beyond the last offset) are 0, not uninitialised memory."""
 
 import torch
 import triton
