@@ -1,0 +1,258 @@
+"""norm * gate, concatenation and dropout in Triton, one pass over memory forward and one backward.
+
+A tile is ROWS x one norm group, held in registers. The backward recomputes mean and deviation from the tile, which it
+holds anyway, and regenerates the dropout mask from the seed: nothing but the operands is saved. Each of its programs
+keeps to one group and sums its own share of dweight and dbias; a small second reduction adds the shares: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # elements: 16 a thread with 4 warps, two 16-byte loads of 16-bit data
+PROGRAMS_PER_SM = 6  # of the backward; two or three of them fit at a time, so no round of work is half empty
+
+
+@triton.jit
+def tile_offsets(rows, cols, row_stride, head_stride, HEAD_DIM: tl.constexpr):
+    """Offsets of [rows, cols] in a tensor of heads of HEAD_DIM columns."""
+    heads = cols // HEAD_DIM
+    return rows.to(tl.int64)[:, None] * row_stride + (heads * head_stride + cols % HEAD_DIM)[None, :]
+
+
+@triton.jit
+def keep_scale(seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """What dropout multiplies by; `random_bits` of the reference, one Philox call for four elements."""
+    zeros = tl.zeros((ROWS, BLOCK // 4), tl.int32)
+    quads = tl.arange(0, BLOCK // 4)[None, :] + zeros
+    r0, r1, r2, r3 = tl.philox(tl.load(seed), quads, rows[:, None] + zeros, piece + zeros, group + zeros, n_rounds=7)
+    bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (ROWS, BLOCK))
+    return tl.where((bits & 0x7FFFFFFF).to(tl.int32) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def normalised(x, inside, norm_eps, WIDTH: tl.constexpr, RMS: tl.constexpr):
+    """xhat and 1 / deviation of each row; x is 0 outside."""
+    if not RMS:
+        mean = tl.sum(x, axis=1) / WIDTH
+        x = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + norm_eps)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def activated(u, ACTIVATION: tl.constexpr):
+    """activation(u) and its derivative."""
+    if ACTIVATION == "none":
+        return u, tl.full(u.shape, 1.0, tl.float32)
+    else:
+        s = tl.sigmoid(u)
+        if ACTIVATION == "sigmoid":
+            return s, s * (1.0 - s)
+        else:
+            return u * s, s * (1.0 + u * (1.0 - s))
+
+
+@triton.jit
+def load_affine(ptr, default, group, cols, GROUP_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, inside):
+    """weight or bias of one group as [1, BLOCK]; the default where there is none."""
+    if ptr is None:
+        return tl.full((1, cols.shape[0]), default, tl.float32)
+    else:
+        return tl.load(ptr + group * GROUP_STRIDE + cols * COLUMN_STRIDE, mask=inside, other=0.0).to(tl.float32)[
+            None, :
+        ]
+
+
+@triton.jit
+def put(
+    y, offsets, inside, values, seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store one piece of the output after dropout."""
+    if seed is not None:
+        values *= keep_scale(seed, piece, group, rows, threshold, scale, ROWS, BLOCK)
+    tl.store(y + offsets, values.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def get(dy, offsets, inside, seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of one piece before dropout."""
+    values = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
+    if seed is not None:
+        values *= keep_scale(seed, piece, group, rows, threshold, scale, ROWS, BLOCK)
+    return values
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
+def forward_kernel(
+    a, u, weight, bias, seed, y, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
+    AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0) % GROUPS
+    rows = tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)
+    in_group = tl.arange(0, BLOCK)
+    cols = group * WIDTH + in_group
+    inside = (rows < T)[:, None] & (in_group < WIDTH)[None, :]
+    x = tl.load(a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(u + tile_offsets(rows, cols, u_row, u_head, U_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
+    w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
+    b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
+
+    xhat, _ = normalised(x, inside, norm_eps, WIDTH, RMS)
+    norm = xhat * w + b
+    gate, _ = activated(g, ACTIVATION)
+    PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
+    out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
+    if CONCAT_U:
+        put(y, out, inside, g, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
+        out += GROUPS * WIDTH
+    if CONCAT_X:
+        put(y, out, inside, x, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
+        out += GROUPS * WIDTH
+    if CONCAT_NORM:
+        put(y, out, inside, norm, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
+        out += GROUPS * WIDTH
+    put(y, out, inside, norm * gate, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
+def backward_kernel(
+    dy, a, u, weight, bias, seed, da, du, shares, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
+    AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """shares [2, programs, GROUPS * WIDTH]: each program's part of dweight and dbias, or None without affine."""
+    program, programs = tl.program_id(0) // GROUPS, tl.num_programs(0) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    in_group = tl.arange(0, BLOCK)
+    cols = group * WIDTH + in_group
+    w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
+    b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
+    PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
+    ROW_WIDTH: tl.constexpr = GROUPS * WIDTH
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    tile = program
+    while tile * ROWS < T:  # not a range: the interpreter cannot take its end from an argument under numpy >= 2.4
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = (rows < T)[:, None] & (in_group < WIDTH)[None, :]
+        x = tl.load(a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(u + tile_offsets(rows, cols, u_row, u_head, U_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
+        out = tile_offsets(rows, cols, PIECES * ROW_WIDTH, 0, ROW_WIDTH)
+        last = out + (PIECES - 1) * ROW_WIDTH
+        dgated = get(dy, last, inside, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
+
+        xhat, rstd = normalised(x, inside, norm_eps, WIDTH, RMS)
+        gate, gate_grad = activated(g, ACTIVATION)
+        dg = dgated * (xhat * w + b) * gate_grad
+        if CONCAT_U:
+            dg += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
+        dnorm = dgated * gate
+        if CONCAT_NORM:
+            at = out + (CONCAT_U + CONCAT_X) * ROW_WIDTH
+            dnorm += get(dy, at, inside, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
+        dxhat = dnorm * w
+        dx = dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / WIDTH)[:, None]
+        if not RMS:
+            dx -= (tl.sum(dxhat, axis=1) / WIDTH)[:, None]
+        dx *= rstd[:, None]
+        if CONCAT_X:
+            at = out + CONCAT_U * ROW_WIDTH
+            dx += get(dy, at, inside, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
+        packed = tile_offsets(rows, cols, ROW_WIDTH, 0, ROW_WIDTH)
+        tl.store(da + packed, dx.to(da.dtype.element_ty), mask=inside)
+        tl.store(du + packed, dg.to(du.dtype.element_ty), mask=inside)
+        if shares is not None:
+            dweight += dnorm * xhat
+            dbias += dnorm
+        tile += programs
+    if shares is not None:
+        own = shares + program * ROW_WIDTH + cols
+        tl.store(own, tl.sum(dweight, axis=0), mask=in_group < WIDTH)
+        tl.store(own + programs * ROW_WIDTH, tl.sum(dbias, axis=0), mask=in_group < WIDTH)
+
+
+def launch_tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of groups of this width, and warps."""
+    block = max(triton.next_power_of_2(width), 16)
+    return max(TILE // block, 1), block, min(max(block // 512, 4), 16)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[T, H, D] with any row and head stride; columns must be contiguous."""
+    t = t if t.dim() == 3 else t.unsqueeze(1)
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def _affine_strides(t: Tensor | None, groups: int, width: int) -> tuple[int, int]:
+    if t is None:
+        return 0, 0
+    return t.expand(groups, width).stride()  # type: ignore[return-value]
+
+
+def _arguments(
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
+    norm_eps: float, num_groups: int, rms: bool, activation: str, concat_u: bool, concat_x: bool, concat_norm: bool,
+    dropout_ratio: float, out_dtype: torch.dtype,
+) -> tuple[tuple, tuple, dict]:  # fmt: skip
+    """Tensors, scalars and compile-time values, as both kernels take them."""
+    a, u = _rows(a), _rows(u)
+    width = a.shape[1] * a.shape[2] // num_groups
+    # One pair of strides serves weight and bias: bring both to the same shape.
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        weight, bias = (t.expand(num_groups, width).contiguous() for t in (weight, bias))
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    given = weight if weight is not None else bias
+    group_stride, column_stride = _affine_strides(given, num_groups, width)
+    rows, block, warps = launch_tile(width)
+    threshold, scale = min(round(dropout_ratio * 2**31), 2**31 - 1), 1.0 / (1.0 - dropout_ratio)
+    scalars = (a.shape[0], a.stride(0), a.stride(1), u.stride(0), u.stride(1), norm_eps, threshold, scale)
+    constants = dict(
+        GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a.shape[2], U_HEAD_DIM=u.shape[2],
+        AFFINE_GROUP=group_stride, AFFINE_COLUMN=column_stride, RMS=rms, ACTIVATION=activation,
+        CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm, ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return (a, u, weight, bias, seed), scalars, constants
+
+
+def forward(
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, **named
+):
+    """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`."""
+    tensors, scalars, constants = _arguments(a, u, weight, bias, seed, **named)
+    grid = triton.cdiv(a.shape[0], constants["ROWS"]) * constants["GROUPS"]
+    if grid:
+        with torch.cuda.device_of(a):
+            forward_kernel[(grid,)](*tensors, out, *scalars, **constants)
+
+
+def backward(
+    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, **named
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """da, du, dweight, dbias."""
+    tensors, scalars, constants = _arguments(a, u, weight, bias, seed, **named)
+    groups, rows = constants["GROUPS"], constants["ROWS"]
+    da, du = a.new_empty(a.shape), u.new_empty(u.shape)
+    programs = min(triton.cdiv(a.shape[0], rows), triton.cdiv(PROGRAMS_PER_SM * _multiprocessors(a), groups))
+    shares = None
+    if weight is not None or bias is not None:
+        shares = a.new_empty(2, programs, groups, constants["WIDTH"], dtype=torch.float32)
+    if programs:
+        with torch.cuda.device_of(a):
+            backward_kernel[(programs * groups,)](dy.contiguous(), *tensors, da, du, shares, *scalars, **constants)
+    if shares is None:
+        return da, du, None, None
+    totals = shares.sum(1)
+    dweight, dbias = (
+        None if t is None else total.sum_to_size(t.shape).to(t.dtype)
+        for t, total in ((weight, totals[0]), (bias, totals[1]))
+    )
+    return da, du, dweight, dbias
+
+
+def _multiprocessors(t: Tensor) -> int:
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1

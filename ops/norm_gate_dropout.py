@@ -1,0 +1,197 @@
+"""`hstu_compile::norm_gate_dropout`: what follows attention, up to the output projection, in one pass over memory."""
+
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from hstu_compile.ops.norm_gate_dropout_reference import (
+    norm_gate_dropout_backward_reference,
+    norm_gate_dropout_reference,
+)
+
+KERNEL = "hstu_compile.ops.kernels.norm_gate_dropout"
+ACTIVATIONS = ("none", "silu", "sigmoid")
+MAX_GROUP_WIDTH = 16384  # the kernel holds one group of one row in registers
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Everything after the tensors. The order is the op's contract with the passes.
+PARAMETERS = (
+    "norm_eps",
+    "num_groups",
+    "rms",
+    "activation",
+    "concat_u",
+    "concat_x",
+    "concat_norm",
+    "dropout_ratio",
+    "out_dtype",
+)
+SCHEMA = (
+    "Tensor a, Tensor u, Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, "
+    "str activation, bool concat_u, bool concat_x, bool concat_norm, float dropout_ratio, ScalarType out_dtype"
+)
+torch.library.define("hstu_compile::norm_gate_dropout", f"({SCHEMA}) -> Tensor")
+torch.library.define(
+    "hstu_compile::norm_gate_dropout_backward", f"(Tensor dy, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def norm_gate_dropout(
+    a: Tensor,
+    u: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    norm_eps: float,
+    num_groups: int = 1,
+    rms: bool = False,
+    activation: str = "none",
+    concat_u: bool = False,
+    concat_x: bool = False,
+    concat_norm: bool = False,
+    dropout_ratio: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """dropout(cat[u, a, norm(a), norm(a) * activation(u)]); the first three only where asked for.
+
+    Computed in fp32 (fp64 if an operand is), rounded once, to out_dtype.
+
+    Args:
+        a, u: [T, W] or [T, H, D] with H * D = W; fp32, fp16 or bf16, not necessarily the same. Any row and head stride
+            (u is usually a slice of the packed uvqk buffer).
+        weight, bias: broadcast against [num_groups, W // num_groups].
+        seed: [1] int64, of which the dropout mask is a pure function; None: no dropout.
+        norm_eps: added to the variance.
+        num_groups: 1 normalises the whole row (layer norm), H each head (group norm).
+        rms: divide by the root mean square; do not centre.
+        activation: of u in the product: "none", "silu" or "sigmoid". The concatenated u is u itself.
+        concat_u, concat_x, concat_norm: what stands before the product in a row of the output.
+        dropout_ratio: in [0, 1).
+        out_dtype: default the dtype of a.
+
+    Returns:
+        [T, k * W], contiguous, k = 1 + the pieces asked for. Deterministic in values and in gradients, given the seed.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what was expected.
+    """
+    return torch.ops.hstu_compile.norm_gate_dropout(
+        a,
+        u,
+        weight,
+        bias,
+        seed,
+        norm_eps,
+        num_groups,
+        rms,
+        activation,
+        concat_u,
+        concat_x,
+        concat_norm,
+        dropout_ratio,
+        a.dtype if out_dtype is None else out_dtype,
+    )
+
+
+def _expect(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"norm_gate_dropout: {name} is {value}, expected {expected}")
+
+
+def _check(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, named: dict) -> None:
+    for name, t in (("a", a), ("u", u)):
+        _expect(t.dim() in (2, 3), f"the shape of {name}", tuple(t.shape), "[T, W] or [T, H, D]")
+        _expect(t.is_floating_point(), f"the dtype of {name}", t.dtype, "a floating point dtype")
+    _expect(u.device == a.device, "the device of u", u.device, f"that of a, {a.device}")
+    torch._check(u.shape[0] == a.shape[0], lambda: f"norm_gate_dropout: u has {u.shape[0]} rows, a {a.shape[0]}")
+    width, groups = a.shape[1:].numel(), named["num_groups"]
+    _expect(u.shape[1:].numel() == width, "the shape of u", tuple(u.shape), f"rows of {width} as in a")
+    _expect(groups >= 1 and width % groups == 0, "num_groups", groups, f"a divisor of the row's width {width}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            fits = t.dim() in (1, 2) and all(
+                n in (1, full) for n, full in zip(t.shape[::-1], (width // groups, groups), strict=False)
+            )
+            _expect(
+                fits,
+                f"the shape of {name}",
+                tuple(t.shape),
+                f"one that broadcasts against [{groups}, {width // groups}]",
+            )
+            _expect(t.device == a.device, f"the device of {name}", t.device, f"that of a, {a.device}")
+    ratio = named["dropout_ratio"]
+    _expect(0 <= ratio < 1, "dropout_ratio", ratio, "in [0, 1)")
+    if seed is not None:
+        _expect(tuple(seed.shape) == (1,) and seed.dtype == torch.int64, "seed", seed, "one int64, of shape [1]")
+        _expect(seed.device == a.device, "the device of seed", seed.device, f"that of a, {a.device}")
+    _expect(named["activation"] in ACTIVATIONS, "activation", named["activation"], f"one of {', '.join(ACTIVATIONS)}")
+
+
+def _output(a: Tensor, named: dict) -> Tensor:
+    pieces = 1 + named["concat_u"] + named["concat_x"] + named["concat_norm"]
+    return a.new_empty(a.shape[0], pieces * a.shape[1:].numel(), dtype=named["out_dtype"])
+
+
+def _empty_like(t: Tensor | None, a: Tensor) -> Tensor:
+    return a.new_empty(0) if t is None else t.new_empty(t.shape)
+
+
+@torch.library.register_fake("hstu_compile::norm_gate_dropout")
+def _forward_fake(a, u, weight, bias, seed, *args):
+    named = dict(zip(PARAMETERS, args, strict=True))
+    _check(a, u, weight, bias, seed, named)
+    return _output(a, named)
+
+
+@torch.library.register_fake("hstu_compile::norm_gate_dropout_backward")
+def _backward_fake(dy, a, u, weight, bias, seed, *args):
+    return tuple(_empty_like(t, a) for t in (a, u, weight, bias))
+
+
+def _runs_kernel(named: dict, a: Tensor, *others: Tensor | None) -> bool:
+    dtypes = {named["out_dtype"], *(t.dtype for t in (a, *others) if t is not None)}
+    return (
+        a.device.type == "cuda"
+        and dtypes <= set(KERNEL_DTYPES)
+        and a.shape[1:].numel() // named["num_groups"] <= MAX_GROUP_WIDTH
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+@torch.library.impl("hstu_compile::norm_gate_dropout", ("CPU", "CUDA"))
+def _forward(a, u, weight, bias, seed, *args):
+    named = dict(zip(PARAMETERS, args, strict=True))
+    _check(a, u, weight, bias, seed, named)
+    if not _runs_kernel(named, a, u, weight, bias):
+        return norm_gate_dropout_reference(a, u, weight, bias, seed, **named)
+    out = _output(a, named)
+    importlib.import_module(KERNEL).forward(a, u, weight, bias, seed, out, **named)
+    return out
+
+
+@torch.library.impl("hstu_compile::norm_gate_dropout_backward", ("CPU", "CUDA"))
+def _backward_impl(dy, a, u, weight, bias, seed, *args):
+    named = dict(zip(PARAMETERS, args, strict=True))
+    if _runs_kernel(named, a, u, weight, bias, dy):
+        grads = importlib.import_module(KERNEL).backward(dy, a, u, weight, bias, seed, **named)
+    else:
+        grads = norm_gate_dropout_backward_reference(dy, a, u, weight, bias, seed, **named)
+    return tuple(a.new_empty(0) if g is None else g for g in grads)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.named = *inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy):
+    _, _, weight, bias, _ = ctx.saved_tensors
+    da, du, dweight, dbias = torch.ops.hstu_compile.norm_gate_dropout_backward(dy, *ctx.saved_tensors, *ctx.named)
+    affine = (None if weight is None else dweight, None if bias is None else dbias)
+    return da, du, *affine, None, *[None] * len(PARAMETERS)
+
+
+torch.library.register_autograd("hstu_compile::norm_gate_dropout", _backward, setup_context=_setup_context)
