@@ -1,0 +1,76 @@
+"""The gradient of a gather from a tiny table, without atomics: every GPU thread sums into a column of its own.
+
+A program is 32 threads (more only for very wide tables) and owns a [table rows, threads] block of partial sums, small
+enough for the L1 cache. Thread t adds only to column t, so nothing races, the order of the sums is fixed, and a warp's
+accesses to one row are one cache line. Neighbouring lookups mostly agree (buckets of time differences along a row):
+a thread keeps the running sum of the row that it met last in a register, and touches memory only where the row
+changes. Zeros, half of all gradients under a causal mask, touch nothing. Channels lie across the threads: with C
+channels, threads t, t + C, ... hold channel t.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+UNROLL = 8  # loads in flight
+PROGRAMS = 4224  # 32 for each of the largest GPU's 132 multiprocessors
+SLICE = 512  # table rows of one program: larger tables are read once for every slice
+PARTIAL_BYTES = 64 << 20
+
+
+@triton.jit
+def accumulate(
+    grad, index, partial, n, channels, table_size, slice_rows, steps,
+    CHANNELS: tl.constexpr, THREADS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """partial[program, slice, row, thread] += grad[k, channel] for the program's k with index[k] = slice row."""
+    program, slice_id = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    PER_STEP: tl.constexpr = THREADS // CHANNELS
+    thread = tl.arange(0, THREADS)
+    channel = thread % CHANNELS
+    own = partial + (program * tl.num_programs(1) + slice_id) * slice_rows * THREADS + thread
+    first_row = slice_id * slice_rows
+    end_row = tl.minimum(first_row + slice_rows, table_size)
+    row = tl.zeros((THREADS,), tl.int32)
+    total = tl.zeros((THREADS,), partial.dtype.element_ty)
+    step = 0
+    while step < steps:  # not a range: the interpreter cannot take its end from an argument under numpy >= 2.4
+        rows, values = (), ()
+        for u in tl.static_range(UNROLL):
+            k = ((program * steps + step) * UNROLL + u) * PER_STEP + thread // CHANNELS
+            i = tl.load(index + k, mask=k < n, other=-1).to(tl.int32)
+            inside = (i >= first_row) & (i < end_row) & (channel < channels)
+            g = tl.load(grad + k * channels + channel, mask=inside, other=0.0)
+            rows, values = rows + (i - first_row,), values + (g.to(total.dtype),)
+        for u in tl.static_range(UNROLL):
+            # Where threads keep to their columns no barrier is needed between this store and the next load.
+            changed = (rows[u] != row) & (values[u] != 0)
+            so_far = tl.load(own + row * THREADS, mask=changed, other=0.0)
+            tl.store(own + row * THREADS, so_far + total, mask=changed)
+            total = tl.where(changed, 0.0, total) + values[u]
+            row = tl.where(changed, rows[u], row)
+        step += 1
+    tl.store(own + row * THREADS, tl.load(own + row * THREADS) + total)
+
+
+def table_grad(grad: Tensor, index: Tensor, table_size: int) -> Tensor:
+    """See `hstu_compile::table_grad`."""
+    channels = grad.shape[-1] if grad.dim() > index.dim() else 1
+    grad, index = grad.contiguous(), index.contiguous()
+    padded = triton.next_power_of_2(channels)
+    threads = max(32, padded)
+    slices = triton.cdiv(table_size, SLICE)
+    slice_rows = triton.cdiv(table_size, max(slices, 1))
+    steps = triton.cdiv(index.numel(), UNROLL * threads // padded)
+    affordable = PARTIAL_BYTES // (4 * threads * max(slices * slice_rows, 1))
+    programs = max(1, min(steps, affordable, PROGRAMS // max(slices, 1)))
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    partial = grad.new_zeros(programs, slices, slice_rows, threads // padded, padded, dtype=dtype)
+    if partial.numel() and grad.numel():
+        accumulate[(programs, slices)](
+            grad, index, partial, index.numel(), channels, table_size, slice_rows, triton.cdiv(steps, programs),
+            CHANNELS=padded, THREADS=threads, UNROLL=UNROLL, num_warps=threads // 32,
+        )  # fmt: skip
+    total = partial.sum((0, 3)).view(slices * slice_rows, padded)[:table_size, :channels]
+    return total.reshape(table_size, *grad.shape[index.dim() :]).to(grad.dtype)
