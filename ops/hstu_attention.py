@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hstu_compile.ops import kernel_table
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
-from hstu_compile.ops.validation import check_attention_arguments, check_attention_values
+from hstu_compile.ops.validation import check_attention_arguments, check_attention_values, checks_values
 
 # Everything after q, k, v. The order is the op's contract with the passes.
 PARAMETERS = (
@@ -156,7 +156,7 @@ def _with_zero_tail(outputs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> 
 def _forward(q, k, v, *args):
     named = dict(zip(PARAMETERS, args, strict=True))
     check_attention_arguments(q, k, v, **named)
-    if q.device.type == "cpu":
+    if checks_values(q.device):
         check_attention_values(q, **named)
     kernel = _kernel(q, v, named)
     if kernel.is_reference:

@@ -1,9 +1,29 @@
 """Argument checks of the attention op. Every message names the argument, its value and what was expected."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_checked_everywhere = False
+
+
+@contextlib.contextmanager
+def values_checked() -> Iterator[None]:
+    """Inside, the values of offsets, lengths and counts are checked on a GPU too, at the price of a wait for it."""
+    global _checked_everywhere
+    before, _checked_everywhere = _checked_everywhere, True
+    try:
+        yield
+    finally:
+        _checked_everywhere = before
+
+
+def checks_values(device: torch.device) -> bool:
+    return device.type == "cpu" or _checked_everywhere
 
 
 def expect(condition: bool, name: str, value: object, expected: str) -> None:

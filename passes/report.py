@@ -22,6 +22,12 @@ class Region:
     def fused(self) -> bool:
         return self.reason is None
 
+    def __str__(self) -> str:
+        lines = [f"{'fused' if self.fused else 'not fused'}  {self.pass_name}: {self.what}", f"    at {self.source}"]
+        lines += [f"    because {self.reason}"] if self.reason else []
+        lines += [f"    kernel: {self.kernel}"] if self.kernel else []
+        return "\n".join(lines)
+
 
 @dataclass
 class Report:
@@ -37,6 +43,9 @@ class Report:
 
     def missed(self, pass_name: str | None = None) -> list[Region]:
         return [r for r in self.regions if not r.fused and pass_name in (None, r.pass_name)]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.regions)) or "nothing in this graph looked like a part of an HSTU layer"
 
 
 def source_line(node: fx.Node) -> str:

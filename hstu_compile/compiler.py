@@ -1,0 +1,143 @@
+"""The backend: capture, passes, graft, and on to Inductor. What cannot be rewritten is compiled as Inductor would."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from hstu_compile.capture import NotCaptured, capture, graft
+from hstu_compile.ops import validation
+from hstu_compile.options import KNOWN, Options, split
+from hstu_compile.passes import apply
+from hstu_compile.passes.recompute import ROLES, recompute
+from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.verify import verified_once
+
+log = logging.getLogger("hstu_compile")  # TORCH_LOGS="hstu_compile" and "+hstu_compile" turn it on
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Callable[..., Any]:
+    """The compiler behind `torch.compile(model, backend=hstu_compile.backend)`, also known as `backend="hstu"`.
+
+    Args:
+        mode: as in torch.compile: "default", "reduce-overhead", "max-autotune", ...
+        options: ours (`hstu_compile.options.Options`) and Inductor's, mixed.
+        **kwargs: our options again, for `functools.partial(hstu_compile.backend, strict=True)`, which goes together
+            with a mode; keywords of newer torch releases are accepted and ignored.
+
+    Raises:
+        ValueError: an unknown option.
+        RuntimeError: what `strict`, `expect` and `verify` ask for.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    given = {**(options or {}), **{name: value for name, value in kwargs.items() if name in KNOWN}}
+    chosen, inductor = split(mode, given)
+    inductor.update(kwargs.get("config_patches") or {})  # what Dynamo's own debug override passes
+    captured, report = rewrite(gm, chosen)
+    _judge(gm, report, chosen)
+    if captured is None:
+        return compile_fx(gm, example_inputs, config_patches=inductor)
+    wrap = _wrapper(gm, chosen)
+    graft(captured, gm)
+    return wrap(compile_fx(gm, example_inputs, config_patches=inductor))
+
+
+def _wrapper(gm: fx.GraphModule, options: Options) -> Callable[[Callable], Callable]:
+    """What verify and debug_checks put around the compiled function."""
+    if options.verify:
+        return verified_once(capture(gm), rewrite(gm, options)[0])
+    return validation.values_checked() if options.debug_checks else lambda compiled: compiled
+
+
+def _reset() -> None:
+    """What torch.compiler.reset() asks of a backend: forget recorded CUDA graphs, as Inductor does."""
+    if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+        trees.reset_cudagraph_trees()
+
+
+backend.reset = _reset  # type: ignore[attr-defined]
+
+
+def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
+    """The captured and rewritten graph (None when no pass fired), and what the passes decided. `gm` is left alone."""
+    report = Report()
+    try:
+        captured = capture(gm)
+        fused = apply(captured, report, options.passes)
+        recompute(captured, _recomputed_roles(options), report)
+    except NotCaptured as reason:
+        report.add(Region("capture", "the whole graph", where(gm), str(reason)))
+        return None, report
+    except Exception as error:
+        if options.strict:
+            raise
+        # Whatever goes wrong here must not break a model that Inductor can compile.
+        log.exception("hstu_compile: a graph could not be rewritten and is compiled as Inductor would")
+        report = Report([Region("capture", "the whole graph", where(gm), f"{type(error).__name__}: {error}")])
+        return None, report
+    return (captured if fused else None), report
+
+
+def _recomputed_roles(options: Options) -> set[str]:
+    if options.recompute_uvqk:
+        return set(ROLES)
+    chosen = {"input_layernorm": options.recompute_input_layernorm, "input_silu": options.recompute_input_silu}
+    return {role for role, wanted in chosen.items() if wanted}
+
+
+def where(gm: fx.GraphModule) -> str:
+    """The first of the user's lines in a graph."""
+    lines = (source_line(node) for node in gm.graph.nodes if node.op.startswith("call"))
+    return next((line for line in lines if line != "unknown source"), "unknown source")
+
+
+def _judge(gm: fx.GraphModule, report: Report, options: Options) -> None:
+    log.info("%s", report)
+    if report.fused() and (options.expect is None or len(report.fused("attention")) >= options.expect):
+        return
+    if _is_glue(gm):
+        return
+    if options.expect is not None:
+        found = len(report.fused("attention"))
+        raise RuntimeError(f"hstu_compile: {found} attention regions fused, expected {options.expect}\n{report}")
+    if options.strict:
+        raise RuntimeError(f"hstu_compile: nothing was fused (strict=True)\n{report}")
+    _warn_once(where(gm))
+
+
+_warned = False
+
+
+def _warn_once(source: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"hstu_compile: nothing was fused in the graph at {source}; it runs as backend='inductor' would run it. "
+            "hstu_compile.explain(model, *args) says why.",
+            stacklevel=2,
+        )
+
+
+_PRODUCTS = {"einsum", "matmul", "bmm", "baddbmm", "scaled_dot_product_attention"}
+
+
+def _is_glue(gm: fx.GraphModule) -> bool:
+    """A piece that a graph break left over, without any product of activations: nothing to match, nothing missed."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    resumed = any("torch_dynamo_resume_in_" in node.meta.get("stack_trace", "") for node in gm.graph.nodes)
+    if not (resumed or getattr(reason, "graph_break", False)):
+        return False
+    names = {getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes}
+    return not names & _PRODUCTS

@@ -1,0 +1,68 @@
+"""hstu_compile.explain: what of a model is fused, what is not and why, without compiling any kernel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from hstu_compile.compiler import rewrite
+from hstu_compile.options import split
+from hstu_compile.passes.report import Report
+
+
+@dataclass
+class Explanation:
+    """One report for each graph that Dynamo made of the model, and where it had to break the graph. `print` it."""
+
+    reports: list[Report] = field(default_factory=list)
+    graph_breaks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        fused = sum(len(report.fused()) for report in self.reports)
+        missed = sum(len(report.missed()) for report in self.reports)
+        graphs, breaks = len(self.reports), len(self.graph_breaks)
+        lines = [f"{fused} regions fused, {missed} not; {graphs} graphs, {breaks} graph breaks"]
+        for i, report in enumerate(self.reports):
+            lines += [f"graph {i}:", *("  " + line for line in str(report).splitlines())]
+        lines += [f"graph break: {text}" for text in self.graph_breaks]
+        return "\n".join(lines)
+
+
+def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
+    """Run the model once, eagerly, through Dynamo and our passes, in its own mode (train or eval, grad or no grad).
+
+    The random state is put back; a buffer that the forward changes is changed. `hstu_compile_options={...}`, if given,
+    are the options that `torch.compile` would get.
+
+    Returns:
+        An Explanation; its text names, per region, what was fused or the first thing that did not fit, the model's own
+        line, the kernel that will run and why not a faster one, and what the backward computes again.
+    """
+    options, _ = split(None, kwargs.pop("hstu_compile_options", {}))
+    explanation = Explanation()
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
+        explanation.reports.append(rewrite(gm, options)[1])
+        reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
+        if reason is not None and reason.graph_break:
+            explanation.graph_breaks.append(_describe(reason))
+        return gm.forward
+
+    function = getattr(model, "_orig_mod", model)  # of a model that is compiled already
+    limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+    with torch._dynamo.config.patch(limits), torch.random.fork_rng(_cuda_devices()):
+        torch.compile(function, backend=record)(*args, **kwargs)
+    return explanation
+
+
+def _describe(reason: Any) -> str:
+    """First line of the reason, and the user's line."""
+    text = reason.reason.strip().splitlines()[0]
+    frames = [frame for frame in reason.user_stack or [] if "/torch/" not in frame.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line} ({text})" if frames else text
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

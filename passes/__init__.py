@@ -1,0 +1,40 @@
+"""Recognise and rewrite: FX graph in, FX graph out. One pattern a module, in the order of `NAMES`."""
+
+if __name__ != "hstu_compile.passes":
+    raise ImportError(f"this folder was imported as {__name__!r}; import it as hstu_compile.passes")
+
+import importlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx
+
+from hstu_compile.passes.report import Report
+
+NAMES = ("attention", "uvqk", "output", "table_lookup")
+
+# Calls whose body is an ordinary part of the model: it is captured and rewritten like the graph around it.
+CALLS_OF_SUBGRAPHS = (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph)
+
+
+def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> int:
+    """Run the named passes in place, also inside checkpointed regions; returns how many regions were fused."""
+    modules = [importlib.import_module(f"hstu_compile.passes.{name}") for name in NAMES if name in set(names)]
+    fused = 0
+    for part in parts(gm):
+        fused += sum(module.run(part, report) for module in modules)
+        part.graph.lint()
+        part.recompile()
+    return fused
+
+
+def parts(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and the bodies of its checkpointed and nested regions, each once."""
+    seen = [gm]
+    for part in seen:
+        yield part
+        for target in CALLS_OF_SUBGRAPHS:
+            for call in part.graph.find_nodes(op="call_function", target=target):
+                body = getattr(part, call.args[0].target)
+                if not any(body is other for other in seen):
+                    seen.append(body)

@@ -1,0 +1,63 @@
+"""In-place writes to fresh intermediates become their out-of-place twins, so that passes see values, not storage.
+
+Tracing threads in-place calls (later reads of the written tensor use the node of the call), hence the twin gives the
+same numbers exactly when nothing else reads the old storage afterwards. Where that is not so, the call stays, and a
+recogniser that meets it declines.
+"""
+
+import torch
+from torch import fx
+
+from hstu_compile.passes.graph import value
+
+
+def make_out_of_place(gm: fx.GraphModule) -> int:
+    """Rewrite what can be rewritten, in place; returns how many calls. Values (`meta["val"]`) must be there."""
+    nodes = list(gm.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    storages = {node: _storages(node) for node in nodes}  # of the trace, where nothing is rewritten yet
+    rewritten = 0
+    for node in nodes:
+        twin = _twin(node)
+        if twin is None:
+            continue
+        aliases = [n for n in nodes[: order[node]] if storages[n] & storages[node]]
+        later_reader = any(order[user] > order[node] for n in aliases for user in n.users)
+        if not later_reader and all(map(_is_ordinary, aliases)):
+            rewritten += _replace(node, twin)
+    return rewritten
+
+
+def _replace(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    written = args[0]
+    with written.fake_mode, torch.no_grad():
+        new = twin(*args, **kwargs)
+    if (new.dtype, new.shape, new.stride()) != (written.dtype, written.shape, written.stride()):
+        return False
+    node.target = twin
+    node.meta["val"] = new
+    return True
+
+
+def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
+    """aten.add.Tensor for aten.add_.Tensor: a function of the same arguments that writes nothing."""
+    op = node.target
+    if not (isinstance(op, torch._ops.OpOverload) and torch.Tag.inplace in op.tags and op.namespace == "aten"):
+        return None
+    packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    twin = getattr(packet, op._overloadname, None)
+    same = twin is not None and [a.name for a in twin._schema.arguments] == [a.name for a in op._schema.arguments]
+    return twin if same and not twin._schema.is_mutable else None
+
+
+def _storages(node: fx.Node) -> set[int]:
+    leaves = torch.utils._pytree.tree_leaves(value(node))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _is_ordinary(alias: fx.Node) -> bool:
+    """No input or constant; and no part in a higher-order call, whose aliasing cannot be read from its values."""
+    return alias.op == "call_function" and not any(
+        isinstance(n.target, torch._ops.HigherOrderOperator) for n in (alias, *alias.users)
+    )
