@@ -10,22 +10,26 @@ import triton
 import triton.language as tl
 
 
-class Mask(NamedTuple):
-    """The mask of one sequence: scalars known when the kernel runs, flags known when it is compiled."""
+class Family(NamedTuple):
+    """Which clauses of the mask a kernel is compiled with."""
 
-    length: Any
-    contextual: Any
-    history_end: Any  # the first target, or length
-    shift: Any  # contextual rows share position 0: position(i) = max(i - shift, 0)
-    end_position: Any  # of the first target
-    target_group_size: Any
-    max_attn_len: Any
-    min_full_attn_seq_len: Any
     CAUSAL: tl.constexpr
-    CONTEXT: tl.constexpr
+    CONTEXT: tl.constexpr  # contextual rows
     TARGETS: tl.constexpr
     WINDOW: tl.constexpr
     SHARED: tl.constexpr  # targets share one position
+
+
+class Mask(NamedTuple):
+    """The mask of one sequence."""
+
+    length: Any
+    history_end: Any  # the first target, or length
+    contextual: Any
+    target_group_size: Any
+    max_attn_len: Any
+    min_full_attn_seq_len: Any
+    family: Family
 
 
 class Spans(NamedTuple):
@@ -40,50 +44,19 @@ class Spans(NamedTuple):
 
 
 @triton.jit
-def sequence_mask(
-    batch,
-    length,
-    num_targets,
-    num_contextuals,
-    contextual_seq_len,
-    target_group_size,
-    max_attn_len,
-    min_full_attn_seq_len,
-    CAUSAL: tl.constexpr,
-    CONTEXT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SHARED: tl.constexpr,
-):
-    """The Mask of sequence `batch`; num_targets and num_contextuals are pointers to [B] or None."""
-    history_end = length
-    if num_targets is not None:
-        history_end = length - tl.load(num_targets + batch).to(tl.int32)
-    contextual = contextual_seq_len
-    if num_contextuals is not None:
-        contextual = tl.load(num_contextuals + batch).to(tl.int32)
-    shift = tl.maximum(contextual - 1, 0)
-    return Mask(
-        length,
-        contextual,
-        history_end,
-        shift,
-        tl.maximum(history_end - shift, 0),
-        target_group_size,
-        max_attn_len,
-        min_full_attn_seq_len,
-        CAUSAL,
-        CONTEXT,
-        num_targets is not None,
-        WINDOW,
-        SHARED,
-    )
+def shift(m):
+    """The contextual rows share position 0: so far are the others moved down."""
+    if m.family.CONTEXT:
+        return tl.maximum(m.contextual - 1, 0)
+    else:
+        return 0
 
 
 @triton.jit
 def position(i, m):
     """Where row or column i stands in the order of the sequence."""
-    if m.CONTEXT:
-        return tl.maximum(i - m.shift, 0)
+    if m.family.CONTEXT:
+        return tl.maximum(i - shift(m), 0)
     else:
         return i
 
@@ -91,10 +64,16 @@ def position(i, m):
 @triton.jit
 def window_position(i, m):
     """Where row or column i stands for the window."""
-    if m.SHARED:
-        return tl.minimum(position(i, m), m.end_position)
+    if m.family.SHARED:
+        return tl.minimum(position(i, m), position(m.history_end, m))
     else:
         return position(i, m)
+
+
+@triton.jit
+def is_exempt(row_at, m):
+    """Whether a query at this window position sees beyond the window."""
+    return (m.min_full_attn_seq_len > 0) & (row_at >= position(m.history_end, m) - m.min_full_attn_seq_len)
 
 
 @triton.jit
@@ -102,40 +81,42 @@ def live_cells(rows, cols, m):
     """True where query `rows` attends to key `cols`; the two broadcast against each other."""
     row_position = position(rows, m)
     col_position = position(cols, m)
-    if m.CAUSAL:
+    if m.family.CAUSAL:
         live = (rows == cols) | (row_position > col_position)
     else:
         live = (rows == cols) | (row_position != col_position)
-    if m.TARGETS:
+    if m.family.TARGETS:
         row_group = (rows - m.history_end) // m.target_group_size
         col_group = (cols - m.history_end) // m.target_group_size
         live = live & ((rows < m.history_end) | (cols < m.history_end) | (row_group == col_group))
-    if m.WINDOW:
+    if m.family.WINDOW:
         row_at = window_position(rows, m)
         col_at = window_position(cols, m)
-        exempt = (m.min_full_attn_seq_len > 0) & (row_at >= m.end_position - m.min_full_attn_seq_len)
-        live = live & ((tl.abs(row_at - col_at) <= m.max_attn_len) | exempt)
-    if m.CONTEXT:
+        live = live & ((tl.abs(row_at - col_at) <= m.max_attn_len) | is_exempt(row_at, m))
+    if m.family.CONTEXT:
         live = live | ((rows < m.contextual) & (cols < m.history_end))
     return live & (rows < m.length) & (cols < m.length)
 
 
 @triton.jit
 def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
-    """Whether every cell of a tile lives; may say no where it does."""
-    row1 = row0 + ROWS - 1
-    col1 = col0 + COLS - 1
-    whole = (row1 < m.length) & (col1 < m.length)
-    if m.CAUSAL:
+    """Whether every cell of a tile lives; may say no where it does.
+
+    Cells beyond the end of the sequence do not count: they are made of zeros, or never stored.
+    """
+    row1 = tl.minimum(row0 + ROWS, m.length) - 1
+    col1 = tl.minimum(col0 + COLS, m.length) - 1
+    whole = row0 >= 0
+    if m.family.CAUSAL:
         whole = whole & (position(row0, m) > position(col1, m))
-    elif m.CONTEXT:
-        whole = whole & ((m.shift == 0) | (row0 > m.shift) | (col0 > m.shift))
-    if m.TARGETS:
+    elif m.family.CONTEXT:
+        whole = whole & ((shift(m) == 0) | (row0 > shift(m)) | (col0 > shift(m)))
+    if m.family.TARGETS:
         whole = whole & ((row1 < m.history_end) | (col1 < m.history_end))
-    if m.WINDOW:
+    if m.family.WINDOW:
         before = window_position(row1, m) - window_position(col0, m)
         after = window_position(col1, m) - window_position(row0, m)
-        exempt = (m.min_full_attn_seq_len > 0) & (window_position(row0, m) >= m.end_position - m.min_full_attn_seq_len)
+        exempt = is_exempt(window_position(row0, m), m)
         whole = whole & ((tl.maximum(before, after) <= m.max_attn_len) | exempt)
     return whole
 
@@ -152,11 +133,11 @@ def groups_around(first, last, m):
 def window_bounds(first, last, m):
     """Rows or columns [low, high) within the window of at least one of first .. last, exemption aside."""
     low_position = window_position(first, m) - m.max_attn_len
-    low = tl.where(low_position <= 0, 0, low_position + m.shift)
+    low = tl.where(low_position <= 0, 0, low_position + shift(m))
     high_position = window_position(last, m) + m.max_attn_len
-    high = tl.minimum(high_position + m.shift + 1, m.length)
-    if m.SHARED:
-        high = tl.where(high_position >= m.end_position, m.length, high)
+    high = tl.minimum(high_position + shift(m) + 1, m.length)
+    if m.family.SHARED:
+        high = tl.where(high_position >= position(m.history_end, m), m.length, high)
     return low, high
 
 
@@ -178,23 +159,23 @@ def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
     row1 = tl.minimum(row0 + ROWS, m.length) - 1  # the last row
     low = 0
     high = m.length
-    if m.CAUSAL:
+    if m.family.CAUSAL:
         high = row1 + 1
-    if m.WINDOW:
+    if m.family.WINDOW:
         low, window_high = window_bounds(row0, row1, m)
-        exempt = (m.min_full_attn_seq_len > 0) & (window_position(row1, m) >= m.end_position - m.min_full_attn_seq_len)
+        exempt = is_exempt(window_position(row1, m), m)
         low = tl.where(exempt, 0, low)
         high = tl.where(exempt, high, tl.minimum(high, window_high))
     group_low = 0
     group_high = 0
-    if m.TARGETS:
+    if m.family.TARGETS:
         group_low, group_high = groups_around(row0, row1, m)
         group_high = tl.where(row1 >= m.history_end, tl.minimum(group_high, high), 0)
-        if m.CAUSAL:
+        if m.family.CAUSAL:
             high = tl.minimum(high, m.history_end)
         else:
             high = tl.where(row0 >= m.history_end, tl.minimum(high, m.history_end), high)
-    if m.CONTEXT:
+    if m.family.CONTEXT:
         contextual = row0 < m.contextual
         low = tl.where(contextual, 0, low)
         high = tl.where(contextual, tl.maximum(high, m.history_end), high)
@@ -208,23 +189,23 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
     col1 = tl.minimum(col0 + COLS, m.length) - 1  # the last column
     low = 0
     high = m.length
-    if m.CAUSAL:
+    if m.family.CAUSAL:
         low = col0
     exempt_low = 0  # rows from here on are exempt from the window
     exempt_high = 0
-    if m.WINDOW:
+    if m.family.WINDOW:
         window_low, window_high = window_bounds(col0, col1, m)
-        exempt_position = m.end_position - m.min_full_attn_seq_len
-        exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + m.shift)
+        exempt_position = position(m.history_end, m) - m.min_full_attn_seq_len
+        exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + shift(m))
         exempt_low = tl.maximum(exempt_low, low)
         exempt_high = tl.where(m.min_full_attn_seq_len > 0, high, 0)
         low = tl.maximum(low, window_low)
         high = tl.minimum(high, window_high)
-    if m.TARGETS:
+    if m.family.TARGETS:
         # Keys that are all targets: history (if it looks ahead), then their own groups.
         group_low, group_high = groups_around(col0, col1, m)
         only_targets = col0 >= m.history_end
-        if m.CAUSAL:
+        if m.family.CAUSAL:
             low = tl.where(only_targets, tl.maximum(low, group_low), low)
             high = tl.where(only_targets, tl.minimum(high, group_high), high)
             exempt_high = tl.where(only_targets, tl.minimum(exempt_high, group_high), exempt_high)
@@ -236,7 +217,7 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
             exempt_low = tl.where(only_targets, group_low, exempt_low)
             exempt_high = tl.where(only_targets, group_high, exempt_high)
     contextual_high = 0
-    if m.CONTEXT:
+    if m.family.CONTEXT:
         contextual_high = tl.where(col0 < m.history_end, m.contextual, 0)
     used = col0 < m.length
     return spans_of(
@@ -260,3 +241,12 @@ def nth_tile(i, spans):
     """The i-th tile of the runs."""
     tile = tl.where(i < spans.count0, spans.start0 + i, spans.start1 + i - spans.count0)
     return tl.where(i < spans.count0 + spans.count1, tile, spans.start2 + i - spans.count0 - spans.count1)
+
+
+@triton.jit
+def in_spans(tile, spans):
+    """Whether the runs hold this tile."""
+    in0 = (tile >= spans.start0) & (tile < spans.start0 + spans.count0)
+    in1 = (tile >= spans.start1) & (tile < spans.start1 + spans.count1)
+    in2 = (tile >= spans.start2) & (tile < spans.start2 + spans.count2)
+    return in0 | in1 | in2

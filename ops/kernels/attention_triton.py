@@ -1,0 +1,203 @@
+"""Portable HSTU attention in Triton, forward and backward: any NVIDIA GPU from sm_80 on (and the Triton interpreter).
+
+The mask family, a mask tensor and a bias are fused; rows, heads and sequences may have any stride. Deterministic.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
+from hstu_compile.ops.kernels.attention_triton_kernels import dbias_kernel, dk_dv_kernel, dq_kernel, forward_kernel
+from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
+from hstu_compile.ops.kernels.mask_tiles import Family
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one tile of scores, and how Triton compiles a kernel that walks such tiles."""
+
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+def unsupported(
+    capability: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    attn_dim: int,
+    hidden_dim: int,
+    has_mask: bool,
+    has_bias: bool,
+) -> str | None:
+    """Why the kernels can't run a call, in words; None if they can."""
+    if capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, this one has {capability[0]}.{capability[1]}"
+    if dtype not in DTYPES:
+        return f"needs float32, float16 or bfloat16, got {dtype}"
+    for name, dim in (("attn_dim", attn_dim), ("hidden_dim", hidden_dim)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            return f"needs {name} from 1 to {MAX_HEAD_DIM}, got {dim}"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    """The kernels' side of `hstu_compile::hstu_attention`; the keywords are those of `Call`, all required.
+
+    Rows of a jagged output beyond seq_offsets[-1] are left as they are allocated.
+    """
+    call = Call(q, k, v, **arguments)
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    tile = tile_for("forward", call.attn_block, call.hidden_block, q.dtype, shared_memory(q))
+    call.launch(forward_kernel, tile, by_keys=False, operands={"out_rows": call.rows(out)})
+    return out
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, needs_bias_grad: bool, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
+    call = Call(q, k, v, **arguments)
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dout_rows = call.rows(dout if dout.stride(-1) == 1 else dout.contiguous())
+
+    def tile(kernel: str) -> Tile:
+        return tile_for(kernel, call.attn_block, call.hidden_block, q.dtype, shared_memory(q))
+
+    call.launch(dq_kernel, tile("dq"), by_keys=False, operands={"dout_rows": dout_rows, "dq_rows": call.rows(dq)})
+    grads = {"dk_rows": call.rows(dk), "dv_rows": call.rows(dv)}
+    call.launch(dk_dv_kernel, tile("dk_dv"), by_keys=True, operands={"dout_rows": dout_rows, **grads})
+    attn_bias = arguments["attn_bias"]
+    if not needs_bias_grad or attn_bias is None:
+        return dq, dk, dv, None
+    dbias = torch.empty(attn_bias.shape, dtype=attn_bias.dtype, device=q.device)
+    call.launch_dbias(dbias, dout_rows, tile("dbias"))
+    return dq, dk, dv, dbias
+
+
+class Call:
+    """One call's arguments as the kernels take them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        seq_offsets: Tensor | None,
+        seq_lengths: Tensor | None,
+        num_targets: Tensor | None,
+        num_contextuals: Tensor | None,
+        attn_mask: Tensor | None,
+        attn_bias: Tensor | None,
+        max_seq_len: int,
+        alpha: float,
+        scale: float,
+        causal: bool,
+        contextual_seq_len: int,
+        target_group_size: int,
+        max_attn_len: int,
+        min_full_attn_seq_len: int,
+        targets_share_position: bool,
+    ) -> None:
+        self.device = q.device
+        self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
+        self.num_heads, attn_dim = q.shape[-2:]
+        self.attn_block, self.hidden_block = block_of(attn_dim), block_of(v.shape[-1])
+        self.max_seq_len = max_seq_len
+        self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
+        per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
+        self.shared = {
+            "q_rows": self.rows(q),
+            "k_rows": self.rows(k),
+            "v_rows": self.rows(v),
+            "sequences": Sequences(*(None if t is None else t.contiguous() for t in per_sequence)),
+            "mask": None if self.attn_mask is None else self.cells(self.attn_mask),
+            "bias": None if attn_bias is None else self.cells(attn_bias),
+            "family": Family(
+                CAUSAL=tl.constexpr(causal),
+                CONTEXT=tl.constexpr(num_contextuals is not None or contextual_seq_len != 0),
+                TARGETS=tl.constexpr(num_targets is not None),
+                WINDOW=tl.constexpr(max_attn_len != 0),
+                SHARED=tl.constexpr(targets_share_position and num_targets is not None),
+            ),
+            "N": max_seq_len,
+            "num_heads": self.num_heads,
+            "contextual_seq_len": contextual_seq_len,
+            "target_group_size": target_group_size,
+            "max_attn_len": max_attn_len,
+            "min_full_attn_seq_len": min_full_attn_seq_len,
+            "alpha": float(alpha),
+            "scale": float(scale),
+            "FAST": q.is_cuda and q.element_size() == 2,
+        }
+
+    @staticmethod
+    def rows(t: Tensor) -> Rows:
+        batch_stride = t.stride(0) if t.dim() == 4 else 0
+        dim = t.shape[-1]
+        return Rows(t, batch_stride, t.stride(-3), t.stride(-2), tl.constexpr(dim), tl.constexpr(block_of(dim)))
+
+    def cells(self, t: Tensor) -> Cells:
+        expanded = t.expand(self.num_sequences, self.num_heads, *t.shape[-2:])
+        return Cells(t.view(torch.uint8) if t.dtype == torch.bool else t, *expanded.stride())
+
+    def launch(self, kernel: Any, tile: Tile, *, by_keys: bool, operands: dict[str, Rows]) -> None:
+        """One program for every tile of queries (or of keys), head and sequence."""
+        resident, streamed = (tile.cols, tile.rows) if by_keys else (tile.rows, tile.cols)
+        lists: dict[str, Any] = {"visits": None, "ranks": None, "mask_batches": 1, "mask_heads": 1}
+        if self.attn_mask is not None:
+            visits, ranks = occupied_tiles(self.attn_mask.mT if by_keys else self.attn_mask, resident, streamed)
+            lists = dict(zip(lists, (visits, ranks, *visits.shape[:2]), strict=True))
+        programs = triton.cdiv(self.max_seq_len, resident) * self.num_heads * self.num_sequences
+        launch(kernel, self.device, programs, tile, **self.shared, **operands, **lists)
+
+    def launch_dbias(self, dbias: Tensor, dout_rows: Rows, tile: Tile) -> None:
+        bias_batches, bias_heads, N, _ = dbias.shape
+        programs = bias_batches * bias_heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
+        sizes = {"num_sequences": self.num_sequences, "bias_batches": bias_batches, "bias_heads": bias_heads}
+        launch(
+            dbias_kernel, self.device, programs, tile, **self.shared, dout_rows=dout_rows, dbias_ptr=dbias, **sizes
+        )
+
+
+def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, **arguments: Any) -> None:
+    if programs == 0:
+        return
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        kernel[(programs,)](
+            **arguments, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=tile.num_stages
+        )
+
+
+def block_of(dim: int) -> int:
+    """The width in which tl.dot takes a head dimension."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def unexpanded(t: Tensor) -> Tensor:
+    """[B|1, H|1, N, N] with every expanded leading dimension back at size 1."""
+    for dim in (0, 1):
+        if t.stride(dim) == 0:
+            t = t.narrow(dim, 0, min(1, t.shape[dim]))
+    return t
+
+
+def shared_memory(t: Tensor) -> int:
+    """Bytes of shared memory that one program may use."""
+    if not t.is_cuda:
+        return 99 << 10
+    return torch.cuda.get_device_properties(t.device).shared_memory_per_block_optin
+
+
+def tile_for(kernel: str, attn_block: int, hidden_block: int, dtype: torch.dtype, shared_memory: int) -> Tile:
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    return Tile(64, 64, 4, 2)
