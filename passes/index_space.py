@@ -72,10 +72,13 @@ def is_understood(node: fx.Node) -> bool:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """What a node reads, looking through the node of an op with several results."""
+    """The nodes whose value a node reads, looking through the node of an op with several results."""
     source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, fx.Node)
-    return source.all_input_nodes
+    name = op_name(source)
+    shape_only = name.endswith(("_like", "_as")) or name.startswith("new_")
+    kept = source.args[:1] if name.endswith("_as") else ()
+    return [n for n in source.all_input_nodes if not shape_only or n in kept or is_scalar(n)]
 
 
 def symbol_hints(graph: fx.Graph) -> dict[sympy.Symbol, int]:

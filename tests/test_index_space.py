@@ -51,7 +51,7 @@ EXPRESSIONS = {
     "cat": lambda x, n: torch.cat([x[:1], x * 2, ids(n)]),
     "stack": lambda x, n: torch.stack([x, x + 1, x * n], dim=1),
     "pad": lambda x, n: torch.nn.functional.pad(x, (2, -1), value=7) + 0,
-    "split": lambda x, n: torch.cat([ids(7).split(3)[1], ids(8).chunk(2)[1], torch.eye(n).unbind(1)[0].long()]),
+    "split": lambda x, n: torch.cat([ids(7).split(3)[1], ids(8).chunk(2)[1], torch.eye(3, n).unbind(0)[1].long()]),
     "meshgrid": lambda x, n: operator.sub(*torch.meshgrid(ids(n), ids(n), indexing="xy")) // 3 % 4,
     "cumsum": lambda x, n: torch.cumsum(x, 0)[:, None] + (ids(n) < 3).cumsum(0),
     "diff": lambda x, n: torch.diff(x, prepend=x[:1] * 0) + torch.diff(x, append=x[-1:]),

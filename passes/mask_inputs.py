@@ -1,0 +1,146 @@
+"""What a mask's expression reads: the per-sequence counts it depends on, the numbers in it, and sizes to try it with."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from hstu_compile.passes.index_space import (
+    is_scalar,
+    is_understood,
+    op_name,
+    operands,
+    symbol_hints,
+    symbols_of,
+)
+from hstu_compile.passes.index_space_ops import VIEWS, NotUnderstood
+from hstu_compile.passes.report import source_line
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+UNKNOWN_SIZE = 24  # for a symbol without a hint
+MANY = 4099  # a length at which every edge of a mask should be visible
+FEW = 9  # a length at which a mask can be read whole
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+class Expression:
+    """The part of the graph that computes some masks.
+
+    leaves: the inputs: integer tensors of one number a sequence ([B], or the [B + 1] offsets, unit dimensions aside).
+        An input is looked for as deep as the graph is understood; counts that it doesn't understand are taken as inputs.
+    nodes: everything between them and the masks, sizes included.
+    Raises NotUnderstood when something else is read.
+    """
+
+    def __init__(self, roots: Iterable[fx.Node], batch_size: Any) -> None:
+        self._batch = _expression(batch_size)
+        self.nodes: dict[fx.Node, None] = {}
+        self.leaves: dict[fx.Node, None] = {}
+        for root in roots:
+            for node, is_leaf in self._visit(root, {}).items():
+                (self.leaves if is_leaf else self.nodes)[node] = None
+
+    def is_count(self, node: fx.Node, extra: int = 0) -> bool:
+        """Whether a node holds one integer a sequence (and `extra` more)."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dtype not in INTEGERS or value.dim() == 0:
+            return False
+        sizes = [_expression(size) for size in value.shape if _expression(size) != 1]
+        return (sizes or [sympy.Integer(1)]) == [self._batch + extra]
+
+    def cuts(self, leaf: fx.Node) -> list[fx.Node]:
+        """The places where a count can be read: the last one before it meets anything else, then down to the leaf."""
+        places, node = [leaf], leaf
+        while True:
+            users = [user for user in node.users if user in self.nodes]
+            if len(users) != 1 or not self.is_count(users[0]) or len(operands(users[0])) != 1:
+                return places[::-1]
+            node = users[0]
+            if op_name(node) not in VIEWS:
+                places.append(node)
+
+    def numbers(self) -> list[int]:
+        """The whole numbers written in the expression, shapes aside."""
+        found: set[int] = set()
+        for node in self.nodes:
+            if node.op == "get_attr":
+                value = getattr(node.graph.owning_module, str(node.target), None)
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    found.add(int(value.item()))
+            elif op_name(node) not in VIEWS or op_name(node) in ("slice", "select", "narrow"):
+                flat = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
+                found |= {int(abs(x)) for x in flat if isinstance(x, (int, float)) and abs(x) < 1 << 24}
+        return sorted(found - {0})
+
+    def scalars(self) -> list[fx.Node]:
+        """The nodes that hold a number known only at run time, the batch size aside."""
+        batch = self._batch.free_symbols
+        return [
+            node
+            for node in self.nodes
+            if isinstance(node.meta.get("val"), torch.SymInt) and not symbols_of(node.meta["val"]) & batch
+        ]
+
+    def has_table(self) -> bool:
+        """Whether a constant tensor takes part, in which anything may be anywhere."""
+        constants = [node for node in self.nodes if node.op == "get_attr"]
+        return any(node.meta["val"].numel() > 64 for node in constants)
+
+    def _visit(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]]) -> dict[fx.Node, bool]:
+        """Nodes read by `node`, itself included, and whether each is a leaf."""
+        if node not in seen:
+            seen[node] = self._read(node, seen)
+        return seen[node]
+
+    def _read(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]]) -> dict[fx.Node, bool]:
+        if is_scalar(node):
+            # Numbers end at the tensors whose sizes they are.
+            below = [n for n in node.all_input_nodes if is_scalar(n)]
+            return {node: False} | {n: leaf for b in below for n, leaf in self._visit(b, seen).items()}
+        reason = NotUnderstood(f"it reads {node.name}, no count of tokens: {source_line(node)}")
+        if node.op == "get_attr" or is_understood(node):
+            try:
+                return {node: False} | {n: leaf for o in operands(node) for n, leaf in self._visit(o, seen).items()}
+            except NotUnderstood as error:
+                reason = error
+        if self.is_count(node) or self.is_count(node, extra=1):
+            return {node: True}
+        raise reason
+
+
+def assignments(
+    graph: fx.Graph, expression: Expression, batch_size: Any, max_seq_len: Any, others: Sequence[Any]
+) -> list[dict[sympy.Symbol, int]]:
+    """Sizes to read a mask with. The first is long enough to show every edge; then the captured ones; then a short one.
+
+    No two symbols move in step, so that what holds for one of them only by coincidence doesn't hold in all.
+    """
+    hints = symbol_hints(graph)
+    symbols = set().union(*(symbols_of(n.meta.get("val")) for n in [*expression.nodes, *expression.leaves]))
+    symbols = symbols.union(*(symbols_of(size) for size in (batch_size, max_seq_len, *others)))
+    length, batch = _expression(max_seq_len), _expression(batch_size)
+    captured = {symbol: hints.get(symbol, UNKNOWN_SIZE) for symbol in symbols}
+    captured |= _solve(batch, 3, captured)
+    free = sorted(symbols - batch.free_symbols, key=str)
+    if not free:
+        return [captured]
+    moved = captured | {symbol: captured[symbol] + 3 + 2 * k for k, symbol in enumerate(free)}
+    largest = max([1, *expression.numbers(), *moved.values()])
+    long = moved | _solve(length, max(4 * largest + 16, MANY), moved)
+    least = max([0, *(n for n in expression.numbers() if n < length.xreplace(captured))])
+    short = moved | _solve(length, FEW if least < FEW // 2 else least + FEW, moved)
+    return [long, captured, short]
+
+
+def _solve(size: sympy.Expr, wanted: int, values: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+    """The size's own symbols, moved such that it becomes `wanted` (or unmoved, if it is no sum with a symbol)."""
+    for symbol in sorted(size.free_symbols, key=str):
+        others = size.xreplace({s: sympy.Integer(v) for s, v in values.items() if s != symbol}) - symbol
+        if others.is_Integer and wanted - others > 0:
+            return {symbol: int(wanted - others)}
+    return {}
