@@ -70,7 +70,7 @@ def is_floating(node: Any) -> bool:
 def look_through(node: fx.Node, *more: Callable) -> fx.Node:
     """The producer behind float casts, copies and the given single-input targets."""
     while is_cast(node) or is_call(node, *more):
-        node = node.args[0]
+        (node,) = node.all_input_nodes[:1]
     return node
 
 
@@ -183,13 +183,13 @@ def reads_only_metadata(user: fx.Node) -> bool:
     return is_call(user, *SIZE_OF, *_LIKES, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
 
 
-def erase_dead(roots: Iterable[fx.Node]) -> None:
-    """Remove the nodes among `roots`, and whatever only they needed, that nobody uses.
+def erase_dead(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Remove the nodes among `roots`, and whatever only they needed, that nobody uses; returns them.
 
     Unlike `Graph.eliminate_dead_code` it touches nothing else: autocast regions, mutations and assertions stay.
     """
     todo = list(roots)
-    erased = set()
+    erased: set[fx.Node] = set()
     while todo:
         node = todo.pop()
         if node in erased or node.users or node.op not in ("call_function", "get_attr") or not _is_pure(node.target):
@@ -197,6 +197,7 @@ def erase_dead(roots: Iterable[fx.Node]) -> None:
         todo.extend(node.all_input_nodes)
         erased.add(node)
         node.graph.erase_node(node)
+    return erased
 
 
 def _is_pure(target: Any) -> bool:
@@ -204,3 +205,10 @@ def _is_pure(target: Any) -> bool:
         random = torch.Tag.nondeterministic_seeded in target.tags
         return not (target._schema.is_mutable or random or "assert" in target.name())
     return isinstance(target, str) or getattr(target, "__module__", None) == "_operator"
+
+
+def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+    """The node in the given dtype; itself where it has it."""
+    if value(node).dtype == dtype:
+        return node
+    return insert_call(node.graph, before, aten.to.dtype, (node, dtype), like=before)

@@ -1,0 +1,297 @@
+"""From the second product back to the first: the pointwise chain that turns scores into attention weights.
+
+    weights = silu(alpha * q kT * factors + biases) * weight factors / divisors
+
+The chain is read call by call from the weights upwards; what the factors and biases mean is decided later.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from hstu_compile.passes.attention_mask import silu_of_fill_is_zero
+from hstu_compile.passes.axes import LAYOUT, Axes, Dims, aligned
+from hstu_compile.passes.graph import (
+    argument,
+    aten,
+    insert_call,
+    is_call,
+    is_cast,
+    is_floating,
+    is_tensor,
+    look_through,
+    number,
+    reads_only_metadata,
+    same_shape,
+    shape,
+    value,
+)
+from hstu_compile.passes.products import Product, as_product
+
+LONGEST_CHAIN = 64
+
+MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
+DIVIDE = {
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.divide.Tensor,
+    aten.divide.Scalar,
+    aten.true_divide.Tensor,
+    aten.true_divide.Scalar,
+}
+ADD = {aten.add.Tensor, aten.add.Scalar}
+SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor, aten.subtract.Scalar}
+FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+TRIANGLE = {aten.tril.default, aten.triu.default}
+
+
+class Misfit(Exception):
+    """The first thing that did not fit: the node, and why."""
+
+    def __init__(self, node: fx.Node, reason: str):
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+@dataclass(frozen=True)
+class Term:
+    """A factor of the weights or the scores: a symbolic scalar, or a tensor that broadcasts against `dims`.
+
+    role: "multiplies", "divides", or as a mask "keeps" (zero where false), "drops" (zero where true).
+    """
+
+    node: fx.Node
+    dims: Dims  # of the node itself
+    role: Literal["multiplies", "divides", "keeps", "drops"]
+    around: Dims = ()  # of what it is applied to
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Added to the scores: scale * node * the factors."""
+
+    node: fx.Node
+    dims: Dims
+    around: Dims
+    scale: float
+    factors: tuple[Term, ...]
+
+
+@dataclass
+class Scores:
+    """What was read between the two products."""
+
+    product: Product
+    dims: Dims = ()  # of the product
+    alpha: float = 1.0
+    factors: list[Term] = field(default_factory=list)  # of the scores, before silu
+    biases: list[Bias] = field(default_factory=list)
+    masks: list[Term] = field(default_factory=list)  # "keeps" or "drops": zero in scores before silu, or in weights
+    weights: list[Term] = field(default_factory=list)  # factors of the weights, after silu; also "keeps" and "drops"
+    multiplier: float = 1
+    divisor: float = 1
+    dims_of: dict[fx.Node, Dims] = field(default_factory=dict)  # of every node that disappears
+    silu: fx.Node | None = None
+
+
+def find_chain(weights: fx.Node) -> list[fx.Node] | None:
+    """The calls from `weights` up to a product, each the main input of the one before; preferably through a silu."""
+    best: dict[fx.Node, list[fx.Node] | None] = {}
+
+    def search(node: fx.Node, depth: int) -> list[fx.Node] | None:
+        if node in best:
+            return best[node]
+        best[node] = None
+        if node.op != "call_function" or depth > LONGEST_CHAIN or not is_floating(node):
+            return None
+        if as_product(node):
+            best[node] = [node]
+            return best[node]
+        found = [chain for parent in _main_inputs(node) if (chain := search(parent, depth + 1))]
+        found.sort(key=lambda chain: not any(_is_silu(n) for n in chain))
+        best[node] = [node, *found[0]] if found else None
+        return best[node]
+
+    return search(weights, 0)
+
+
+def _main_inputs(node: fx.Node) -> list[fx.Node]:
+    if is_call(node, *LAYOUT) or is_cast(node):
+        return node.all_input_nodes[:1]
+    gated = _silu_argument(node)
+    if gated is not None:
+        return [gated]
+    return [n for n in node.all_input_nodes if is_floating(n) and same_shape(shape(n), shape(node))]
+
+
+def _silu_argument(node: fx.Node) -> fx.Node | None:
+    """x, if the call is silu(x) or x * sigmoid(x)."""
+    if is_call(node, aten.silu.default):
+        return node.all_input_nodes[0]
+    if is_call(node, *MULTIPLY):
+        for x, gate in (node.args[:2], node.args[1::-1]):
+            gate = look_through(gate) if isinstance(gate, fx.Node) else gate  # type: ignore[assignment]
+            if is_call(gate, aten.sigmoid.default) and look_through(gate.args[0]) is look_through(x):  # type: ignore
+                return x  # type: ignore[return-value]
+    return None
+
+
+def _is_silu(node: fx.Node) -> bool:
+    return _silu_argument(node) is not None
+
+
+def nonlinearity(chain: list[fx.Node]) -> fx.Node | None:
+    """The first call of a chain that is neither linear nor layout: the silu, or what stands in its place."""
+    linear = LAYOUT | MULTIPLY | DIVIDE | ADD | SUBTRACT | FILL | WHERE | TRIANGLE
+    linear |= {aten.dropout.default, aten.neg.default}
+    strange = [n for n in chain[:-1] if _is_silu(n) or not (is_call(n, *linear) or is_cast(n))]
+    return next(iter(sorted(strange, key=lambda n: not _is_silu(n))), None)
+
+
+def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
+    """Interpret the chain, whose first node holds `dims`. Raises Misfit at the first call that is not understood."""
+    product, strange = as_product(chain[-1]), nonlinearity(chain)
+    assert product is not None and strange is not None
+    if not _is_silu(strange):
+        raise Misfit(strange, f"{_name(strange)}, not silu")
+    scores = Scores(product)
+    for node, main in zip(chain[:-1], chain[1:], strict=True):
+        scores.dims_of[node] = dims
+        if is_call(node, *LAYOUT):
+            earlier = axes.before(node, dims)
+            if earlier is None:
+                raise Misfit(node, "a change of shape that mixes the axes of the scores")
+            dims = earlier
+        elif is_cast(node):
+            pass
+        elif is_call(node, aten.dropout.default):
+            p, train = argument(node, 1, "p"), argument(node, 2, "train")
+            if train and number(p) != 0:
+                raise Misfit(node, "dropout on the attention weights")
+        elif _is_silu(node):
+            if scores.silu is not None:
+                raise Misfit(node, "a second silu")
+            scores.silu = node
+            for gate in node.all_input_nodes:  # the sigmoid, and casts beside the chain, belong to it
+                while gate not in (main, look_through(main)):
+                    scores.dims_of[gate] = dims
+                    (gate,) = gate.all_input_nodes[:1]
+        else:
+            _read_call(node, main, dims, scores)
+    scores.dims_of[product.node] = scores.dims = dims
+    if product.addend is not None:
+        _add(product.addend, product.beta, dims, scores)
+    scores.alpha *= product.alpha
+    return scores
+
+
+def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None:
+    before_silu = scores.silu is not None  # the chain is read backwards
+    selected = _selection(node, main)
+    scaled = _scaling(node, main)
+    added = _addition(node, main)
+    if selected is not None:
+        mask, fill, acts = selected
+        if fill is None:
+            raise Misfit(node, "fills with a value that is not known to be constant")
+        if before_silu:
+            fill *= scores.alpha
+            scaled_later = fill and scores.factors
+            if scores.biases or scaled_later or not _vanishes(fill, node):
+                raise Misfit(node, f"masked with {fill:g} before silu, which does not give exactly 0")
+        elif fill != 0:
+            raise Misfit(node, f"masked with {fill:g}, not 0, after silu")
+        (scores.masks if before_silu else scores.weights).append(Term(mask, aligned(mask, dims), acts, dims))
+    elif scaled is not None:
+        other, role = scaled
+        constant = number(other)
+        if constant is not None:
+            if constant == 0:
+                raise Misfit(node, "multiplies or divides by 0")
+            if before_silu:
+                scores.alpha = scores.alpha * constant if role == "multiplies" else scores.alpha / constant
+            elif role == "multiplies":
+                scores.multiplier *= constant
+            else:
+                scores.divisor *= constant
+            return
+        term = Term(other, aligned(other, dims) if is_tensor(other) else (), role, dims)
+        if not before_silu:
+            scores.weights.append(term)
+        elif role == "multiplies" and is_tensor(other) and value(other).dtype == torch.bool and not scores.biases:
+            scores.masks.append(Term(other, term.dims, "keeps", dims))  # silu(0) = 0
+        else:
+            scores.factors.append(term)
+    elif added is not None and before_silu:
+        _add(*added, dims, scores)
+    elif added is not None:
+        raise Misfit(node, "something is added to the attention weights after silu")
+    else:
+        raise Misfit(node, f"{_name(node)} on the attention scores")
+
+
+def _vanishes(fill: float, node: fx.Node) -> bool:
+    return fill == 0 or silu_of_fill_is_zero(fill, value(node).dtype)
+
+
+def _add(other: Any, scale: float, dims: Dims, scores: Scores) -> None:
+    constant = number(other)
+    if constant == 0:
+        return
+    if not isinstance(other, fx.Node) or not is_floating(other):
+        raise Misfit(scores.product.node, "the bias of the scores is not a floating-point tensor")
+    bias = Bias(other, aligned(other, dims), dims, scale * scores.alpha, tuple(scores.factors))
+    scores.biases.append(bias)
+
+
+def _scaling(node: fx.Node, main: fx.Node) -> tuple[Any, Literal["multiplies", "divides"]] | None:
+    if is_call(node, aten.neg.default):
+        return -1, "multiplies"
+    if is_call(node, *MULTIPLY) and node.args[0] is not node.args[1]:
+        return (node.args[1] if node.args[0] is main else node.args[0]), "multiplies"
+    if is_call(node, *DIVIDE) and node.args[0] is main and node.args[1] is not main:
+        return node.args[1], "divides"
+    return None
+
+
+def _addition(node: fx.Node, main: fx.Node) -> tuple[Any, float] | None:
+    if not is_call(node, *ADD, *SUBTRACT) or node.args[0] is node.args[1]:
+        return None
+    alpha = argument(node, 2, "alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    if node.args[0] is main:
+        return node.args[1], (alpha if is_call(node, *ADD) else -alpha)
+    return (node.args[0], 1) if is_call(node, *ADD) and alpha == 1 else None
+
+
+def _selection(node: fx.Node, main: fx.Node) -> tuple[fx.Node, float | None, Literal["keeps", "drops"]] | None:
+    """The mask, the value of the cells that are not selected (None if unknown), and which cells those are."""
+    args: tuple[Any, ...] = node.args
+    if is_call(node, *FILL) and args[0] is main:
+        return args[1], number(args[2]), "drops"
+    if is_call(node, *WHERE):
+        if args[1] is main and args[2] is not main:
+            return args[0], number(args[2]), "keeps"
+        if args[2] is main and args[1] is not main:
+            return args[0], number(args[1]), "drops"
+    if is_call(node, *TRIANGLE):
+        ones = insert_call(node.graph, node, aten.ones_like.default, (main,), {"dtype": torch.bool}, like=node)
+        return insert_call(node.graph, node, node.target, (ones, *args[1:]), like=node), 0, "keeps"  # type: ignore
+    return None
+
+
+def other_user(scores: Scores, second: fx.Node) -> fx.Node | None:
+    """Somebody outside the region who reads the scores or the weights."""
+    for node in scores.dims_of:
+        for user in node.users:
+            if user is not second and user not in scores.dims_of and not reads_only_metadata(user):
+                return user
+    return None
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)

@@ -1,0 +1,67 @@
+"""fbgemm's calls between the jagged layout [T, D] and the padded one [B, N, D], under all their names."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from hstu_compile.passes.graph import argument, number
+
+_PAD = {"fbgemm::jagged_to_padded_dense", "fbgemm::jagged_to_padded_dense_forward"}
+_UNPAD = {"fbgemm::dense_to_jagged", "fbgemm::dense_to_jagged_forward"}
+
+
+@dataclass(frozen=True)
+class Padded:
+    """[T, D] -> [B, max_seq_len, D]"""
+
+    node: fx.Node
+    values: fx.Node
+    offsets: fx.Node
+    max_seq_len: int | fx.Node
+    padding: float | int | None
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """[B, N, D] -> [T, D]; `result` is the node that holds the values."""
+
+    node: fx.Node
+    result: fx.Node
+    dense: fx.Node
+    offsets: fx.Node
+    total: Any  # None: as many as the offsets say, known only at run time
+
+
+def _name(node: fx.Node) -> str:
+    name = getattr(node.target, "name", None)
+    return name().removesuffix(".default") if node.op == "call_function" and callable(name) else ""
+
+
+def as_padded(node: fx.Node) -> Padded | None:
+    """The call behind a padded tensor with one jagged dimension."""
+    if _name(node) not in _PAD:
+        return None
+    values, offsets, sizes = (argument(node, i, name) for i, name in enumerate(("values", "offsets", "max_lengths")))
+    if len(offsets) != 1 or len(sizes) != 1:
+        return None
+    return Padded(node, values, offsets[0], sizes[0], number(argument(node, 3, "padding_value", 0.0)))
+
+
+def as_unpadded(node: fx.Node) -> Unpadded | None:
+    """The call that makes a padded tensor jagged; None too where its list of offsets is used again."""
+    if _name(node) not in _UNPAD:
+        return None
+    dense, offsets, total = (argument(node, i, name) for i, name in enumerate(("dense", "x_offsets", "total_L")))
+    result = node
+    if not _name(node).endswith("_forward"):
+        parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        if 0 not in parts or any(_is_read(user) for index, user in parts.items() if index != 0):
+            return None
+        result = parts[0]
+    return Unpadded(node, result, dense, offsets[0], total) if len(offsets) == 1 else None
+
+
+def _is_read(node: fx.Node) -> bool:
+    return any(user.target is not operator.getitem or _is_read(user) for user in node.users)
