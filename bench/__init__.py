@@ -1,0 +1,1 @@
+"""Benchmarks: a demo to look at, pytest-benchmark suites to record, and the tables of the documents made from them."""
