@@ -1,0 +1,171 @@
+"""HSTU attention forward on Hopper, warp-specialised and persistent (head dims up to 128).
+
+One producer warp streams k and v by TMA; two consumers of four warps own BLOCK_R query rows each and run independently, so
+that one's silu and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its halves
+move in step.) The producer also zeroes the tail of a sequence's last v tile, before it says that the tile is ready.
+"""
+
+from hstu_compile.ops.kernels.attention_sm90_tiles import (
+    RUNTIME,
+    load_tile,
+    mask_tile,
+    matrix,
+    sequence_and_mask,
+    store_rows,
+    whole_tile,
+    zero_tail,
+)
+from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from hstu_compile.ops.kernels.mask_tiles import key_spans, nth_tile, num_tiles
+from hstu_compile.ops.kernels.silu import silu
+
+
+@gluon.jit
+def output_tile(tile, tiles_per_seq, batch, FAMILY: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """Sequence, mask, first row and column tiles of an output tile; longest first."""
+    sequence, mask = sequence_and_mask(tile // tiles_per_seq, batch)
+    row0 = (tiles_per_seq - 1 - tile % tiles_per_seq) * ROWS
+    return sequence, mask, row0, key_spans(row0, ROWS, COLS, mask, FAMILY)
+
+
+@gluon.jit
+def producer(
+    q_desc, k_desc, v_desc, batch, q, k, v, bars, tail_bar, tiles_per_seq, total_tiles,
+    FAMILY: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    filled = 0  # k, v tiles so far
+    visited = 0  # output tiles so far
+    tails = 0  # zeroed tails so far
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        sequence, mask, row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * BLOCK_R, BLOCK_C)
+        if row0 < sequence.length:
+            for w in gl.static_range(2):
+                mbarrier.wait(q_empty.index(w), (visited & 1) ^ 1)
+                load_tile(q_desc, sequence, row0 + w * BLOCK_R, q_full.index(w), q.index(w), True)
+            visited += 1
+            tiles = num_tiles(spans)
+            for t in range(0, tiles):
+                slot = filled % STAGES
+                phase = ((filled // STAGES) & 1) ^ 1
+                col0 = nth_tile(tiles - 1 - t, spans) * BLOCK_C
+                mbarrier.wait(k_empty.index(slot), phase)
+                load_tile(k_desc, sequence, col0, k_full.index(slot), k.index(slot), True)
+                mbarrier.wait(v_empty.index(slot), phase)
+                if col0 + BLOCK_C > sequence.length:
+                    load_tile(v_desc, sequence, col0, tail_bar, v.index(slot), True)
+                    mbarrier.wait(tail_bar, tails & 1)
+                    tails += 1
+                    zero_tail(matrix(v.index(slot)), sequence.length - col0, 1)
+                    mbarrier.arrive(v_full.index(slot), count=1)
+                else:
+                    load_tile(v_desc, sequence, col0, v_full.index(slot), v.index(slot), True)
+                filled += 1
+
+
+@gluon.jit
+def consumer(
+    out, row_stride, half_alpha, factor, batch, q, k, v, bars, tiles_per_seq, total_tiles,
+    FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
+    W: gl.constexpr,
+):  # fmt: skip
+    """Rows W * BLOCK_R ... of each output tile."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    dtype: gl.constexpr = q.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_C, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    q = matrix(q.index(W))
+    done = 0  # k, v tiles so far
+    visited = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * BLOCK_R, BLOCK_C)
+        row0 = tile_row0 + W * BLOCK_R
+        acc = gl.zeros((BLOCK_R, D), dtype=gl.float32, layout=o_layout)
+        if tile_row0 < sequence.length:
+            tiles = num_tiles(spans)
+            zero = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=s_layout)
+            mbarrier.wait(q_full.index(W), visited & 1)
+            visited += 1
+            mbarrier.wait(k_full.index(done % STAGES), (done // STAGES) & 1)
+            k_tile = matrix(k.index(done % STAGES))
+            s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(done % STAGES), count=1)
+            col0 = nth_tile(tiles - 1, spans) * BLOCK_C
+            p = silu(s * half_alpha, True)
+            if not whole_tile(row0, col0, BLOCK_R, BLOCK_C, mask, FAMILY, False):
+                p = mask_tile(p, row0, col0, mask, FAMILY, False)
+            p = gl.convert_layout(p.to(dtype), p_layout)
+            for t in range(1, tiles):
+                col0 = nth_tile(tiles - 1 - t, spans) * BLOCK_C
+                this = done % STAGES
+                nxt = (done + 1) % STAGES
+                mbarrier.wait(k_full.index(nxt), ((done + 1) // STAGES) & 1)
+                k_tile = matrix(k.index(nxt))
+                s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(this), (done // STAGES) & 1)
+                acc = warpgroup_mma(p, matrix(v.index(this)), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                mbarrier.arrive(k_empty.index(nxt), count=1)
+                r = silu(s * half_alpha, True)
+                if not whole_tile(row0, col0, BLOCK_R, BLOCK_C, mask, FAMILY, False):
+                    r = mask_tile(r, row0, col0, mask, FAMILY, False)
+                r = gl.convert_layout(r.to(dtype), p_layout)
+                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                mbarrier.arrive(v_empty.index(this), count=1)
+                p = r
+                done += 1
+            mbarrier.arrive(q_empty.index(W), count=1)  # the next q loads under the last product and the store
+            mbarrier.wait(v_full.index(done % STAGES), (done // STAGES) & 1)
+            acc = warpgroup_mma(p, matrix(v.index(done % STAGES)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(done % STAGES), count=1)
+            done += 1
+            store_rows(out, row_stride, acc * factor, row0, sequence, DIM)
+        elif row0 < sequence.stored:
+            store_rows(out, row_stride, acc, row0, sequence, DIM)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def forward_kernel(
+    q_desc, k_desc, v_desc, out, row_stride, half_alpha, factor,
+    batch, tiles_per_seq, total_tiles, FAMILY: gl.constexpr,
+    DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """out = factor * silu(q kT) v over the live cells; programs share the output tiles of 2 * BLOCK_R rows."""
+    dtype: gl.constexpr = q_desc.dtype
+    q = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_R, 1, D], q_desc.layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_C, 1, D], k_desc.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_C, 1, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    tail_bar = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    mbarrier.init(tail_bar, count=1)
+    for w in gl.static_range(2):
+        mbarrier.init(q_full.index(w), count=1)
+        mbarrier.init(q_empty.index(w), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)  # both consumers release a tile
+        mbarrier.init(v_empty.index(i), count=2)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    # Twelve warps of 168 registers: 232 for each thread of the consumers, 40 for the producer's.
+    gl.warp_specialize(
+        [
+            (consumer, (out, row_stride, half_alpha, factor, batch, q, k, v, bars, tiles_per_seq, total_tiles,
+                        FAMILY, DIM, D, BLOCK_R, BLOCK_C, STAGES, 0)),
+            (consumer, (out, row_stride, half_alpha, factor, batch, q, k, v, bars, tiles_per_seq, total_tiles,
+                        FAMILY, DIM, D, BLOCK_R, BLOCK_C, STAGES, 1)),
+            (producer, (q_desc, k_desc, v_desc, batch, q, k, v, bars, tail_bar, tiles_per_seq, total_tiles,
+                        FAMILY, BLOCK_R, BLOCK_C, STAGES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
