@@ -73,11 +73,16 @@ class _TableLookup(torch.autograd.Function):
 
 # Composite without autograd and a Function with it: neither records the op itself below autograd, only its gather.
 _library.impl("table_lookup", _gather, "CompositeImplicitAutograd")
-_library.impl("table_lookup", _TableLookup.apply, "Autograd")
+for _key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):  # the alias "Autograd" ranks below a composite
+    _library.impl("table_lookup", _TableLookup.apply, _key)
 
 
 def _check_grad(grad: Tensor, index: Tensor) -> None:
-    if not grad.is_floating_point() or grad.dim() - index.dim() not in (0, 1) or grad.shape[: index.dim()] != index.shape:
+    if (
+        not grad.is_floating_point()
+        or grad.dim() - index.dim() not in (0, 1)
+        or grad.shape[: index.dim()] != index.shape
+    ):
         raise ValueError(
             f"grad: expected floating point of the index's shape {list(index.shape)}, or that and [C]; "
             f"got {grad.dtype} {list(grad.shape)}"

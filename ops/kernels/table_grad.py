@@ -31,26 +31,26 @@ def accumulate(
     channel = thread % CHANNELS
     own = partial + (program * tl.num_programs(1) + slice_id) * slice_rows * THREADS + thread
     first_row = slice_id * slice_rows
-    end_row = tl.minimum(first_row + slice_rows, table_size)
+    end_row = tl.minimum(slice_rows, table_size - first_row)
     row = tl.zeros((THREADS,), tl.int32)
     total = tl.zeros((THREADS,), partial.dtype.element_ty)
-    step = 0
-    while step < steps:  # not a range: the interpreter cannot take its end from an argument under numpy >= 2.4
+    for step in range(steps):
+        first = (program * steps + step) * UNROLL * PER_STEP + thread // CHANNELS
         rows, values = (), ()
+        for u in tl.static_range(UNROLL):  # all of the indices before any gradient: one wait for each kind
+            k = first + u * PER_STEP
+            rows = rows + (tl.load(index + k, mask=k < n, other=-1) - first_row,)
         for u in tl.static_range(UNROLL):
-            k = ((program * steps + step) * UNROLL + u) * PER_STEP + thread // CHANNELS
-            i = tl.load(index + k, mask=k < n, other=-1).to(tl.int32)
-            inside = (i >= first_row) & (i < end_row) & (channel < channels)
-            g = tl.load(grad + k * channels + channel, mask=inside, other=0.0)
-            rows, values = rows + (i - first_row,), values + (g.to(total.dtype),)
+            inside = (rows[u] >= 0) & (rows[u] < end_row) & (channel < channels)
+            g = tl.load(grad + (first + u * PER_STEP) * channels + channel, mask=inside, other=0.0)
+            values = values + (g.to(total.dtype),)
         for u in tl.static_range(UNROLL):
             # Where threads keep to their columns no barrier is needed between this store and the next load.
             changed = (rows[u] != row) & (values[u] != 0)
             so_far = tl.load(own + row * THREADS, mask=changed, other=0.0)
             tl.store(own + row * THREADS, so_far + total, mask=changed)
             total = tl.where(changed, 0.0, total) + values[u]
-            row = tl.where(changed, rows[u], row)
-        step += 1
+            row = tl.where(changed, rows[u].to(tl.int32), row)
     tl.store(own + row * THREADS, tl.load(own + row * THREADS) + total)
 
 
