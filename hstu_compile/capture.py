@@ -52,9 +52,9 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         )
     captured = _trace(gm, inputs)
     for node in captured.graph.nodes:
-        if torch.Tag.inplace_view in getattr(node.target, "tags", ()):
+        if torch.Tag.inplace_view in getattr(node.target, "tags", ()) and node.args[0].op == "placeholder":
             # Dynamo's own trace has already changed the shape of the example value that ours started from.
-            raise NotCaptured(f"{node.target} changes a tensor's shape in place")
+            raise NotCaptured(f"{node.target} changes the shape of an input in place")
     return captured
 
 
@@ -68,6 +68,8 @@ def _trace(gm: fx.GraphModule, inputs: list[Any] | tuple[Any, ...]) -> fx.GraphM
 
     with mode:
         captured = make_fx(run, pre_dispatch=True)(*inputs)
+    for node, given in zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["example_value"] = given  # make_fx's own "val" no longer says which inputs require a gradient
     make_out_of_place(captured)
     return captured
 
@@ -107,7 +109,7 @@ class _Recorder(PropagateUnbackedSymInts):
             return super().call_function(target, args, kwargs)
         if "example_value" not in self._node.meta:
             raise NotCaptured(f"{target} without an example value")
-        tracer = get_proxy_mode().tracer
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
 
         def proxy(arg: Any) -> Any:
             if not isinstance(arg, fx.GraphModule):

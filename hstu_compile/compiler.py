@@ -46,18 +46,15 @@ def backend(
     inductor.update(kwargs.get("config_patches") or {})  # what Dynamo's own debug override passes
     captured, report = rewrite(gm, chosen)
     _judge(gm, report, chosen)
-    if captured is None:
-        return compile_fx(gm, example_inputs, config_patches=inductor)
-    wrap = _wrapper(gm, chosen)
-    graft(captured, gm)
-    return wrap(compile_fx(gm, example_inputs, config_patches=inductor))
-
-
-def _wrapper(gm: fx.GraphModule, options: Options) -> Callable[[Callable], Callable]:
-    """What verify and debug_checks put around the compiled function."""
-    if options.verify:
-        return verified_once(capture(gm), rewrite(gm, options)[0])
-    return validation.values_checked() if options.debug_checks else lambda compiled: compiled
+    pair: Any = None
+    if captured is not None:
+        # Copies of both graphs: from the graft on, this one belongs to Inductor.
+        pair = (capture(gm), rewrite(gm, chosen)[0]) if chosen.verify else None
+        graft(captured, gm)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
+    if pair is not None:
+        compiled = verified_once(*pair, compiled)
+    return validation.values_checked()(compiled) if chosen.debug_checks else compiled
 
 
 def _reset() -> None:

@@ -29,27 +29,23 @@ DROPOUT_OFF = {
 }
 
 
-def verified_once(original: fx.GraphModule, rewritten: fx.GraphModule) -> Callable[[Callable], Callable]:
-    """Wraps the compiled function of two captured graphs, which this takes over: the first call compares them.
+def verified_once(original: fx.GraphModule, rewritten: fx.GraphModule, compiled: Callable) -> Callable:
+    """The compiled function, whose first call compares the two captured graphs (taken over, no longer the caller's).
 
-    The call raises RuntimeError with the figures if a value is out of budget.
+    That call raises RuntimeError with the figures if a value is out of budget.
     """
     for gm in (original, rewritten):
         _without_dropout(gm)
+    pending = True
 
-    def wrap(compiled: Callable) -> Callable:
-        pending = True
+    def call(*args: Any) -> Any:
+        nonlocal pending
+        if pending:
+            _compare(original, rewritten, args)
+            pending = False
+        return compiled(*args)
 
-        def call(*args: Any) -> Any:
-            nonlocal pending
-            if pending:
-                _compare(original, rewritten, args)
-                pending = False
-            return compiled(*args)
-
-        return call
-
-    return wrap
+    return call
 
 
 def _without_dropout(gm: fx.GraphModule) -> None:
@@ -77,9 +73,11 @@ def _compare(original: fx.GraphModule, rewritten: fx.GraphModule, args: tuple) -
             warnings.warn(f"hstu_compile: could not verify: the original graph does not run: {error}", stacklevel=2)
             return
     figures = [
-        _figures(*values, m)
+        _figures(ours_value, eager_value, exact_value, m)
         for kind, m in (("outputs", FORWARD), ("gradients", BACKWARD))
-        for values in zip(*(getattr(run, kind) for run in (ours, eager, exact)), strict=True)
+        for ours_value, eager_value, exact_value in zip(
+            getattr(ours, kind), getattr(eager, kind), getattr(exact, kind), strict=True
+        )
     ]
     text = "\n".join(map(str, figures))
     log.info("verify='first':\n%s", text)

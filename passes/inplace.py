@@ -5,6 +5,8 @@ same numbers exactly when nothing else reads the old storage afterwards. Where t
 recogniser that meets it declines.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -29,6 +31,7 @@ def make_out_of_place(gm: fx.GraphModule) -> int:
 
 
 def _replace(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
+    args: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     written = args[0]
     with written.fake_mode, torch.no_grad():
@@ -47,8 +50,9 @@ def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
         return None
     packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
     twin = getattr(packet, op._overloadname, None)
-    same = twin is not None and [a.name for a in twin._schema.arguments] == [a.name for a in op._schema.arguments]
-    return twin if same and not twin._schema.is_mutable else None
+    if twin is None or twin._schema.is_mutable:
+        return None
+    return twin if [a.name for a in twin._schema.arguments] == [a.name for a in op._schema.arguments] else None
 
 
 def _storages(node: fx.Node) -> set[int]:
