@@ -151,21 +151,29 @@ def _backward_fake(dy, a, u, weight, bias, seed, *args):
     return tuple(_empty_like(t, a) for t in (a, u, weight, bias))
 
 
-def _runs_kernel(named: dict, a: Tensor, *others: Tensor | None) -> bool:
+TRITON = "norm_gate_dropout (Triton)"
+
+
+def runs_on(named: dict, a: Tensor, *others: Tensor | None) -> str:
+    """Which kernel a call takes, and if it is not the Triton one, why. `named` as in PARAMETERS."""
     dtypes = {named["out_dtype"], *(t.dtype for t in (a, *others) if t is not None)}
-    return (
-        a.device.type == "cuda"
-        and dtypes <= set(KERNEL_DTYPES)
-        and a.shape[1:].numel() // named["num_groups"] <= MAX_GROUP_WIDTH
-        and importlib.util.find_spec("triton") is not None
-    )
+    group_width = a.shape[1:].numel() // named["num_groups"]
+    if a.device.type != "cuda":
+        return f"plain PyTorch; no kernel for device type {a.device.type}"
+    if not dtypes <= set(KERNEL_DTYPES):
+        return f"plain PyTorch; no kernel for {', '.join(map(str, dtypes - set(KERNEL_DTYPES)))}"
+    if group_width > MAX_GROUP_WIDTH:
+        return f"plain PyTorch; a norm over {group_width} elements, the kernel holds {MAX_GROUP_WIDTH}"
+    if importlib.util.find_spec("triton") is None:
+        return "plain PyTorch; triton is not installed"
+    return TRITON
 
 
 @torch.library.impl("hstu_compile::norm_gate_dropout", ("CPU", "CUDA"))
 def _forward(a, u, weight, bias, seed, *args):
     named = dict(zip(PARAMETERS, args, strict=True))
     _check(a, u, weight, bias, seed, named)
-    if not _runs_kernel(named, a, u, weight, bias):
+    if runs_on(named, a, u, weight, bias) != TRITON:
         return norm_gate_dropout_reference(a, u, weight, bias, seed, **named)
     out = _output(a, named)
     importlib.import_module(KERNEL).forward(a, u, weight, bias, seed, out, **named)
@@ -175,7 +183,7 @@ def _forward(a, u, weight, bias, seed, *args):
 @torch.library.impl("hstu_compile::norm_gate_dropout_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, a, u, weight, bias, seed, *args):
     named = dict(zip(PARAMETERS, args, strict=True))
-    if _runs_kernel(named, a, u, weight, bias, dy):
+    if runs_on(named, a, u, weight, bias, dy) == TRITON:
         grads = importlib.import_module(KERNEL).backward(dy, a, u, weight, bias, seed, **named)
     else:
         grads = norm_gate_dropout_backward_reference(dy, a, u, weight, bias, seed, **named)

@@ -1,0 +1,19 @@
+"""silu and sigmoid, however they are written."""
+
+from torch import fx
+
+from hstu_compile.passes.graph import aten, is_call, look_through
+
+
+def as_activation(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """("silu" or "sigmoid", its argument) if the call is silu(x), x * sigmoid(x) or sigmoid(x)."""
+    if is_call(node, aten.silu.default):
+        return "silu", node.all_input_nodes[0]
+    if is_call(node, aten.sigmoid.default):
+        return "sigmoid", node.all_input_nodes[0]
+    if is_call(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2:
+        for x, gate in (node.all_input_nodes, node.all_input_nodes[::-1]):
+            inner = look_through(gate)
+            if is_call(inner, aten.sigmoid.default) and look_through(inner.all_input_nodes[0]) is look_through(x):
+                return "silu", x
+    return None

@@ -1,0 +1,161 @@
+"""Layer norm, group norm and RMS norm, as one call or written out, as statistics over runs of consecutive elements."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from hstu_compile.passes.graph import (
+    argument,
+    aten,
+    is_call,
+    is_cast,
+    is_tensor,
+    look_through,
+    number,
+    same,
+    shape,
+    value,
+)
+
+RESHAPES = {  # the same elements in the same order
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """node = norm(x) * weight + bias, in row-major order: statistics over each run of `run` elements.
+
+    weight and bias repeat every `period` elements; there they have the shape `affine_shape`, which broadcasts against
+    [period // run, run].
+    """
+
+    node: fx.Node
+    x: fx.Node
+    name: str
+    run: int
+    eps: float
+    rms: bool
+    interior: tuple[fx.Node, ...]  # every call from node up to x, x not included
+    weight: fx.Node | None = None
+    bias: fx.Node | None = None
+    period: int = 0
+    affine_shape: tuple[int, ...] = ()
+
+    @property
+    def has_affine(self) -> bool:
+        return self.weight is not None or self.bias is not None
+
+
+def as_norm(node: fx.Node) -> Norm | None:
+    """The normalisation that ends in this node, its affine included; None where it is none of the known spellings."""
+    return _native(node) or _written_rms(node) or _written_affine(node)
+
+
+def _native(node: fx.Node) -> Norm | None:
+    if is_call(node, aten.layer_norm.default, aten.rms_norm.default):
+        rms = node.target is aten.rms_norm.default
+        x = node.all_input_nodes[0]
+        run = _product(node.args[1])
+        eps = argument(node, 4 - rms, "eps", None if rms else 1e-5)
+        if eps is None:  # the default of rms_norm
+            eps = torch.finfo(torch.promote_types(value(x).dtype, torch.float32)).eps
+        weight, bias = argument(node, 2, "weight"), None if rms else argument(node, 3, "bias")
+        if run is None or not isinstance(eps, float):
+            return None
+        name = "rms_norm" if rms else "layer_norm"
+        return Norm(node, x, name, run, eps, rms, (node,), weight, bias, run, (run,))
+    if is_call(node, aten.group_norm.default):
+        x = node.all_input_nodes[0]
+        groups, channel = node.args[1], _product(shape(x)[2:])
+        channels = shape(x)[1]
+        weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+        eps = argument(node, 4, "eps", 1e-5)
+        if channel is None or not isinstance(channels, int) or not isinstance(groups, int) or channels % groups:
+            return None
+        run = channels // groups * channel
+        affine = {run: (groups, 1), 1: (groups, run)}.get(channel)  # a number per group, or per element
+        if affine is None and (weight is not None or bias is not None):
+            return None
+        name = f"group_norm ({groups} groups)"
+        return Norm(node, x, name, run, eps, False, (node,), weight, bias, groups * run, affine or ())
+    return None
+
+
+def _product(sizes) -> int | None:
+    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else None
+
+
+def _written_rms(node: fx.Node) -> Norm | None:
+    """x * rsqrt(mean(x * x, -1) + eps) or x / sqrt(mean(x * x, -1) + eps)."""
+    if is_call(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2:
+        sides, root = (node.all_input_nodes, node.all_input_nodes[::-1]), aten.rsqrt.default
+    elif is_call(node, aten.div.Tensor) and len(node.all_input_nodes) == 2:
+        sides, root = (node.all_input_nodes,), aten.sqrt.default
+    else:
+        return None
+    for x, scale in sides:
+        chain = [node]
+
+        def step(to: fx.Node, *targets, chain=chain) -> bool:
+            while not is_call(to, *targets) and look_through(to) is not to:
+                chain.append(to)
+                to = to.all_input_nodes[0]
+            chain.append(to)
+            return is_call(to, *targets)
+
+        if not step(scale, root):
+            continue
+        if not step(chain[-1].all_input_nodes[0], aten.add.Tensor, aten.add.Scalar):
+            continue
+        mean, eps = chain[-1].args[0], number(chain[-1].args[1])
+        if eps is None or not isinstance(mean, fx.Node) or not step(mean, aten.mean.dim):
+            continue
+        last = len(shape(chain[-1].all_input_nodes[0])) - 1
+        if [d % (last + 1) for d in chain[-1].args[1]] != [last] or not argument(chain[-1], 2, "keepdim", False):
+            continue
+        if not step(chain[-1].all_input_nodes[0], aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default):
+            continue
+        square = chain[-1]
+        squared = {look_through(n) for n in square.all_input_nodes}
+        run = shape(x)[-1]
+        if squared != {look_through(x)} or not isinstance(run, int):
+            continue
+        if (is_call(square, aten.pow.Tensor_Scalar) and square.args[1] != 2) or (
+            is_call(square, aten.mul.Tensor) and not all(is_tensor(n) for n in square.args)
+        ):
+            continue
+        return Norm(node, x, "rms_norm (written out)", run, float(eps), True, tuple(chain), period=run)
+    return None
+
+
+def _written_affine(node: fx.Node) -> Norm | None:
+    """norm * weight or norm + bias, with a vector along the last dimension."""
+    scales = is_call(node, aten.mul.Tensor)
+    if not (scales or is_call(node, aten.add.Tensor)) or len(node.args) != 2 or node.kwargs:
+        return None
+    for inner, vector in (node.args, node.args[::-1]):
+        if not (is_tensor(inner) and isinstance(vector, fx.Node) and is_tensor(vector)) or len(shape(vector)) != 1:
+            continue
+        n, width, between = shape(vector)[0], shape(inner)[-1], []
+        while is_cast(inner) or is_call(inner, *RESHAPES):
+            between.append(inner)
+            inner = inner.all_input_nodes[0]
+        norm = as_norm(inner)
+        if norm is None or norm.bias is not None or (scales and norm.weight is not None):
+            continue
+        if not isinstance(n, int) or not same(n, width) or n % norm.run:
+            continue
+        affine = (norm.run,) if n == norm.run else (n // norm.run, norm.run)
+        if norm.has_affine and affine != norm.affine_shape:
+            continue
+        interior = (node, *between, *norm.interior)
+        grown = replace(norm, node=node, interior=interior, period=n, affine_shape=affine)
+        return replace(grown, weight=vector) if scales else replace(grown, bias=vector)
+    return None

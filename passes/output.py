@@ -1,0 +1,360 @@
+"""The second half of the layer: dropout(cat[u, a, norm(a) * act(u)]), up to the output projection, as one op.
+
+The anchor is a product norm(a) * u of two full tensors. Backwards it takes up the norm, the activation of u, and exact
+casts; forwards the concatenation, the dropout and the cast. Each step is optional. The projection and the residual stay
+ATen: cuBLAS runs them.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch._inductor.config
+from torch import fx
+
+from hstu_compile.ops.norm_gate_dropout import PARAMETERS, runs_on
+from hstu_compile.passes.activation import as_activation
+from hstu_compile.passes.graph import (
+    argument,
+    aten,
+    erase_dead,
+    insert_call,
+    is_call,
+    is_cast,
+    is_tensor,
+    reads_only_metadata,
+    same,
+    same_shape,
+    shape,
+    value,
+)
+from hstu_compile.passes.norm import RESHAPES, Norm, as_norm
+from hstu_compile.passes.report import Region, Report, source_line
+
+NAME = "output"
+
+PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+PRODUCTS = {aten.einsum.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default}
+
+
+class Misfit(Exception):
+    """The first thing that did not fit, in words."""
+
+
+@dataclass
+class Gate:
+    """norm(x) * activation(u) and what follows it."""
+
+    product: fx.Node
+    norm: Norm
+    x: fx.Node
+    u: fx.Node
+    activation: str
+    between: list[fx.Node]  # from the norm (not included) to the product (not included)
+    chain: list[fx.Node]  # the product and what follows it, each the main input of the next
+    concat: list[str] = field(default_factory=list)  # of "u", "x", "norm", in the order of the op
+    width: int = 0  # of a row
+    dropout_ratio: float = 0.0
+
+    @property
+    def end(self) -> fx.Node:
+        return self.chain[-1]
+
+
+def run(gm: fx.GraphModule, report: Report) -> int:
+    """Rewrite every gate of the graph; returns how many."""
+    fused = 0
+    for product in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        try:
+            gate = _find(product)
+            if gate is not None:
+                kernel = _rewrite(gm.graph, gate)
+                report.add(Region(NAME, _in_words(gate), source_line(product), kernel=kernel))
+                fused += 1
+        except Misfit as misfit:
+            report.add(Region(NAME, "norm * gate", source_line(product), reason=str(misfit)))
+    _report_norms_after_the_gate(gm.graph, report)
+    return fused
+
+
+def _find(product: fx.Node) -> Gate | None:
+    """The gate around a product; None where nothing speaks for one, Misfit where something is in the way."""
+    if not _real_users(product) or len(product.args) != 2:
+        return None
+    for normed, other in (product.args, product.args[::-1]):
+        if not (isinstance(normed, fx.Node) and is_tensor(normed)):
+            continue
+        between, node = _path(normed, narrowing=True)
+        norm = as_norm(node)
+        if norm is None or not isinstance(other, fx.Node) or not is_tensor(other) or not shape(other):
+            continue
+        if all(same(n, 1) for n in shape(other)[:-1]) and same(shape(other)[-1], shape(product)[-1]):
+            continue  # the norm's own weight
+        if not (same_shape(shape(other), shape(product)) and same_shape(shape(normed), shape(product))):
+            raise Misfit(f"the gate has shape {_sizes(other)}, the normalised value {_sizes(normed)}")
+        x = _path(norm.x)[1]
+        activation, u = _activation(other)
+        gate = Gate(product, norm, x, u, activation, between, [product])
+        _check_origin(gate)
+        _grow(gate)
+        _check_region(gate)
+        return gate
+    return None
+
+
+def _sizes(node: fx.Node) -> str:
+    return str([str(n) for n in shape(node)]).replace("'", "")
+
+
+def _real_users(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if not reads_only_metadata(user)]
+
+
+def _path(node: fx.Node, *, narrowing: bool = False) -> tuple[list[fx.Node], fx.Node]:
+    """The reshapes and casts that end in a node, and what they start from; casts that round only if `narrowing`."""
+    path = []
+    while is_call(node, *RESHAPES) or (is_cast(node) and (narrowing or _is_exact(node))):
+        path.append(node)
+        node = node.all_input_nodes[0]
+    return path, node
+
+
+def _is_exact(cast: fx.Node) -> bool:
+    before, after = value(cast.all_input_nodes[0]).dtype, value(cast).dtype
+    return torch.promote_types(before, after) == after
+
+
+def _activation(operand: fx.Node) -> tuple[str, fx.Node]:
+    """The gate's activation, if nobody else needs its result, and what it is applied to."""
+    path, node = _path(operand)
+    found = as_activation(node)
+    if found is None or any(len(_real_users(n)) != 1 for n in (*path, node)):
+        return "none", node
+    return found[0], _path(found[1])[1]
+
+
+def _check_origin(gate: Gate) -> None:
+    """Inductor fuses a norm with pointwise calls before it, which our op would not; after attention it pays anyway."""
+    x = gate.x
+    if torch.Tag.pointwise not in getattr(x.target, "tags", ()) or _comes_from_attention(x):
+        return
+    raise Misfit(f"the norm's input is computed by {x.target}, not by attention: Inductor fuses the two")
+
+
+def _comes_from_attention(node: fx.Node) -> bool:
+    """Following the main input from call to call leads to a product over the tokens."""
+    for _ in range(32):
+        over_tokens = is_call(node, *PRODUCTS) and len(shape(node)) > 2
+        if over_tokens or is_call(node, torch.ops.hstu_compile.hstu_attention.default):
+            return True
+        inputs = [n for n in node.all_input_nodes if is_tensor(n) or isinstance(value(n), (tuple, list))]
+        if not inputs:
+            return False
+        node = inputs[0]
+    return False
+
+
+def _grow(gate: Gate) -> None:
+    """Forwards, as long as the value has one user."""
+    while True:
+        users = _real_users(gate.end)
+        user = users[0] if len(users) == 1 else None
+        if user is None or not is_tensor(user):
+            break
+        if is_call(user, *RESHAPES) or (is_cast(user) and value(user).dtype != torch.float64):
+            gate.chain.append(user)
+        elif is_call(user, aten.dropout.default) and _takes_dropout(gate, user):
+            gate.chain.append(user)
+        elif is_call(user, aten.cat.default) and not gate.width and not gate.dropout_ratio:
+            concat = _concat(gate, user)
+            if concat is None:
+                break
+            gate.concat, gate.width = concat, int(shape(gate.end)[-1])
+            gate.chain.append(user)
+        else:
+            break
+    if not gate.width:
+        gate.width = _row_width(gate)
+
+
+def _takes_dropout(gate: Gate, call: fx.Node) -> bool:
+    ratio, train = call.args[1:3]
+    if not train or ratio == 0:
+        return True
+    # Under fallback_random the user wants eager's random numbers.
+    if gate.dropout_ratio or torch._inductor.config.fallback_random or not isinstance(ratio, float) or ratio >= 1:
+        return False
+    gate.dropout_ratio = ratio
+    return True
+
+
+def _concat(gate: Gate, cat: fx.Node) -> list[str] | None:
+    """Which of u, x and norm(x) stand before the product, if the op can write them so; else None."""
+    pieces, dim = list(cat.args[0]), argument(cat, 1, "dim", 0)  # type: ignore[arg-type]
+    width = shape(gate.end)[-1]
+    if dim % len(shape(gate.end)) != len(shape(gate.end)) - 1 or pieces[-1] is not gate.end or not _fits(gate, width):
+        return None
+    names = []
+    for piece in pieces[:-1]:
+        origin = _path(piece)[1]
+        if not same_shape(shape(piece), shape(gate.end)):
+            return None
+        if origin is gate.u:
+            names.append("u")
+        elif origin is gate.x:
+            names.append("x")
+        elif _path(piece, narrowing=True)[1] is gate.norm.node:
+            names.append("norm")
+        else:
+            return None
+    return names if names == [n for n in ("u", "x", "norm") if n in names] else None
+
+
+def _fits(gate: Gate, width) -> bool:
+    """Whether rows of this width hold whole groups, and the affine is the same in each row."""
+    norm = gate.norm
+    if not isinstance(width, int) or width % norm.run:
+        return False
+    return not norm.has_affine or width == norm.period or (norm.period == norm.run)
+
+
+def _row_width(gate: Gate) -> int:
+    """Rows as u has them in memory, if the norm allows it: u is mostly a slice, to be read in place."""
+    fitting, width = [], 1
+    for size in reversed(shape(gate.product)[1:]):
+        if not isinstance(size, int):
+            break
+        width *= size
+        fitting += [width] * _fits(gate, width)
+    if not fitting:
+        raise Misfit(f"the norm runs over {gate.norm.run} elements, the gated value has shape {_sizes(gate.product)}")
+    natural = [width for width in fitting if width in (_inner(gate.u, 1), _inner(gate.u, 2))]
+    return max(natural, default=fitting[0])
+
+
+def _inner(node: fx.Node, dims: int) -> int | None:
+    """The product of the last sizes, after the first, where they are known."""
+    sizes = shape(node)[1:][-dims:]
+    return math.prod(sizes) if len(sizes) == dims and all(isinstance(n, int) for n in sizes) else None
+
+
+def _check_region(gate: Gate) -> None:
+    inside = {*gate.norm.interior, *gate.between, *gate.chain}
+    if "norm" in gate.concat:
+        cat = next(n for n in gate.chain if is_call(n, aten.cat.default))
+        for piece in cat.all_input_nodes:
+            inside.update(_path(piece, narrowing=True)[0])
+    for node in (*gate.norm.interior, *gate.between):
+        for user in _real_users(node):
+            if user not in inside:
+                raise Misfit(f"the normalised value has a second use: {user.target} at {source_line(user)}")
+    operands = {value(gate.x).dtype, value(gate.u).dtype}
+    if torch.float64 not in operands and any(value(n).dtype == torch.float64 for n in inside if is_tensor(n)):
+        raise Misfit("computed in float64 from operands that are not")
+    order = list(gate.product.graph.nodes)
+    first, last = min(map(order.index, inside)), order.index(gate.end)
+    if any(n.target is torch._C._set_grad_enabled for n in order[first:last]):
+        raise Misfit("grad mode changes inside the region")
+
+
+def _in_words(gate: Gate) -> str:
+    u = "u" if gate.activation == "none" else f"{gate.activation}(u)"
+    words = [f"{gate.norm.name} * {u}"]
+    if gate.concat:
+        words.append(f"cat[{', '.join({'u': 'u', 'x': 'a', 'norm': 'norm(a)'}[n] for n in gate.concat)}, .]")
+    if gate.dropout_ratio:
+        words.append(f"dropout {gate.dropout_ratio:g}")
+    return " -> ".join([*words, str(_out_dtype(gate)).removeprefix("torch.")])
+
+
+def _out_dtype(gate: Gate) -> torch.dtype:
+    """That of the region's last value; or that to which autocast rounds it, where only projections read it."""
+    dtype, users = value(gate.end).dtype, list(gate.end.users)
+    rounded = {value(user).dtype for user in users if is_call(user, *PROJECTIONS)}
+    if dtype == torch.float32 and len(rounded) == 1 and all(is_call(user, *PROJECTIONS) for user in users):
+        return rounded.pop()
+    return dtype
+
+
+def _rewrite(graph: fx.Graph, gate: Gate) -> str:
+    """Put the op in the place of the region; returns which kernel will run."""
+    end, norm, like = gate.end, gate.norm, gate.product
+    fake = value(end).fake_mode
+
+    def call(target, *args) -> fx.Node:
+        with fake:
+            return insert_call(graph, end, target, args, like=like)
+
+    def as_rows(node: fx.Node) -> fx.Node:
+        by_heads = _inner(node, 1) != gate.width and _inner(node, 2) == gate.width
+        inner = shape(node)[-2:] if by_heads else (gate.width,)
+        return node if same_shape(shape(node)[1:], inner) else call(aten.reshape.default, node, [-1, *inner])
+
+    def affine(node: fx.Node | None) -> fx.Node | None:
+        if node is None:
+            return None
+        node = _path(node)[1] if len(shape(_path(node)[1])) == 1 else node
+        same_rank = len(norm.affine_shape) == 1 and len(shape(node)) == 1
+        return node if same_rank else call(aten.reshape.default, node, list(norm.affine_shape))
+
+    out_shape = _output_shape(gate, call)
+    x, u, weight, bias = as_rows(gate.x), as_rows(gate.u), affine(norm.weight), affine(norm.bias)
+    seed = None
+    if gate.dropout_ratio:
+        with fake, graph.inserting_before(end):
+            # Made in the graph: it follows torch.manual_seed, and the generator of a CUDA graph.
+            kwargs = {"dtype": torch.int64, "device": value(gate.x).device}
+            seed = insert_call(graph, end, aten.randint.low, (0, 2**63 - 1, [1]), kwargs, like=like)
+    named = {
+        "norm_eps": norm.eps,
+        "num_groups": gate.width // norm.run,
+        "rms": norm.rms,
+        "activation": gate.activation,
+        "concat_u": "u" in gate.concat,
+        "concat_x": "x" in gate.concat,
+        "concat_norm": "norm" in gate.concat,
+        "dropout_ratio": gate.dropout_ratio,
+        "out_dtype": _out_dtype(gate),
+    }
+    tensors = (x, u, weight, bias)
+    op = torch.ops.hstu_compile.norm_gate_dropout.default
+    out = call(op, *tensors, seed, *(named[name] for name in PARAMETERS))
+    if len(shape(end)) != 2 or not same_shape(shape(end), shape(out)):
+        out = call(aten.reshape.default, out, out_shape)
+    end.replace_all_uses_with(out)
+    inputs = [n for node in gate.chain for n in node.all_input_nodes if n not in gate.chain]
+    for node in reversed(gate.chain):  # by hand: dropout counts as impure
+        if not node.users:
+            graph.erase_node(node)
+    erase_dead(inputs)
+    return runs_on(named, *(value(t) for t in tensors if t is not None))
+
+
+def _output_shape(gate: Gate, call) -> list[int | fx.Node]:
+    """The shape of the region's last value, its symbolic sizes read from operands that stay."""
+    sizes: list[int | fx.Node] = []
+    for size in shape(gate.end):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif sum(not isinstance(n, int) for n in shape(gate.end)) == 1:
+            sizes.append(-1)
+        else:
+            where = ((t, i) for t in (gate.x, gate.u) for i, n in enumerate(shape(t)) if same(n, size))
+            found = next(where, None)
+            if found is None:
+                raise Misfit(f"the output's shape {_sizes(gate.end)} is not one of its operands' sizes")
+            sizes.append(call(aten.sym_size.int, *found))
+    return sizes
+
+
+def _report_norms_after_the_gate(graph: fx.Graph, report: Report) -> None:
+    for target in (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            product = _path(node.all_input_nodes[0], narrowing=True)[1]
+            if not is_call(product, aten.mul.Tensor) or len(product.all_input_nodes) != 2:
+                continue
+            if all(same_shape(shape(n), shape(product)) for n in product.all_input_nodes) and any(
+                _comes_from_attention(n) for n in product.all_input_nodes
+            ):
+                reason = "the norm comes after the gate: norm(a * u), where the op computes norm(a) * u"
+                report.add(Region(NAME, "norm * gate", source_line(node), reason=reason))

@@ -1,0 +1,307 @@
+"""norm * gate, however it is written: found, rewritten, as exact as eager, and what is left alone and why."""
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from error_budget import BACKWARD, FORWARD, assert_within_budget
+from torch import Tensor, nn
+from tracing import traced, traced_module
+
+import hstu_compile.ops.hstu_attention  # noqa: F401
+from hstu_compile.ops.norm_gate_dropout_reference import keep_scale
+from hstu_compile.passes import output
+from hstu_compile.passes.report import Report
+
+T, H, D, E = 19, 2, 16, 24
+W = H * D
+EPS = 1e-6
+OP = torch.ops.hstu_compile.norm_gate_dropout.default
+
+
+class Output(nn.Module):
+    """The second half of a layer; `body(self, a, u)` is the spelling under test. a, u: [T, W]."""
+
+    def __init__(self, body, pieces: int = 1, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.body = body
+        self.weight, self.bias = (nn.Parameter(torch.randn(W)) for _ in range(2))
+        self.head_weight, self.head_bias = (nn.Parameter(torch.randn(H)) for _ in range(2))
+        self.o = nn.Linear(pieces * W, E, bias=False)
+        self.to(dtype)
+
+    def forward(self, a: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        return self.o(self.body(self, a, u)) + x
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    x32 = x.float() if x.dtype != torch.float64 else x
+    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def rms_by_division(x: Tensor) -> Tensor:
+    return x / torch.sqrt(torch.mean(x * x, dim=-1, keepdim=True) + EPS)
+
+
+def upcast(m: Output, a: Tensor, u: Tensor, p: float = 0.0, concat: bool = False) -> Tensor:
+    """As in Meta's generative-recommenders: everything in fp32, cast at the end."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    x, g = a.to(wide), u.to(wide)
+    norm = F.group_norm(
+        x.view(-1, H, D), num_groups=H, weight=m.head_weight.to(wide), bias=m.head_bias.to(wide), eps=EPS
+    )
+    y = g * norm.view(-1, W)
+    y = torch.cat([g, x, y], dim=1) if concat else y
+    return F.dropout(y, p=p, training=m.training).to(a.dtype)
+
+
+def per_head(x: Tensor) -> Tensor:
+    return x.view(-1, H, D)
+
+
+def layer_norm(m: Output, x: Tensor) -> Tensor:
+    return F.layer_norm(x, (W,), m.weight, m.bias, EPS)
+
+
+# name -> (body, pieces in the output, what the report must say)
+FUSED = {
+    "u * norm(a)": (lambda m, a, u: u * layer_norm(m, a), 1, "layer_norm * u"),
+    "norm(a) * u": (lambda m, a, u: layer_norm(m, a) * u, 1, "layer_norm * u"),
+    "no affine": (lambda m, a, u: u * F.layer_norm(a, (W,), eps=EPS), 1, "layer_norm * u"),
+    "silu(u)": (lambda m, a, u: F.silu(u) * layer_norm(m, a), 1, "layer_norm * silu(u)"),
+    "u * sigmoid(u)": (lambda m, a, u: (u * torch.sigmoid(u)) * layer_norm(m, a), 1, "layer_norm * silu(u)"),
+    "sigmoid(u)": (lambda m, a, u: torch.sigmoid(u) * layer_norm(m, a), 1, "layer_norm * sigmoid(u)"),
+    "Meta": (lambda m, a, u: upcast(m, a, u), 1, "group_norm (2 groups) * u"),
+    "Meta, concat": (lambda m, a, u: upcast(m, a, u, concat=True), 3, "-> cat[u, a, .]"),
+    "research, concat": (
+        lambda m, a, u: torch.cat([u, n := F.layer_norm(a, [W], eps=EPS), u * n], dim=-1),
+        3,
+        "-> cat[u, norm(a), .]",
+    ),
+    "concat in another order": (
+        lambda m, a, u: torch.cat([u * layer_norm(m, a), u, a], dim=-1),
+        3,
+        "layer_norm * u -> float32",
+    ),
+    "activated u in the concat": (
+        lambda m, a, u: torch.cat([g := F.silu(u), g * layer_norm(m, a)], dim=-1),
+        2,
+        "layer_norm * u -> cat[u, .]",
+    ),
+    "raw u in the concat": (
+        lambda m, a, u: torch.cat([u, F.silu(u) * layer_norm(m, a)], dim=-1),
+        2,
+        "layer_norm * silu(u) -> cat[u, .]",
+    ),
+    "norm per head": (lambda m, a, u: u * F.layer_norm(per_head(a), (D,), eps=EPS).flatten(1), 1, "layer_norm * u"),
+    "gate per head": (
+        lambda m, a, u: (per_head(u) * F.layer_norm(per_head(a), (D,), m.weight[:D], eps=EPS)).flatten(1),
+        1,
+        "layer_norm * u",
+    ),
+    "group norm of rows": (
+        lambda m, a, u: u * F.group_norm(a, H, m.weight, m.bias, EPS),
+        1,
+        "group_norm (2 groups) * u",
+    ),
+    "rms_norm": (lambda m, a, u: u * F.rms_norm(a, (W,), m.weight, EPS), 1, "rms_norm * u"),
+    "rms_norm, default eps": (lambda m, a, u: u * F.rms_norm(a, (W,)), 1, "rms_norm * u"),
+    "rms norm written out": (lambda m, a, u: rms(a, m.weight) * u, 1, "rms_norm (written out) * u"),
+    "rms norm by division": (lambda m, a, u: u * rms_by_division(a), 1, "rms_norm (written out) * u"),
+    "rms norm per head, weight per row": (
+        lambda m, a, u: u * (rms_by_division(per_head(a)).flatten(1) * m.weight),
+        1,
+        "rms_norm (written out) * u",
+    ),
+    "affine written out": (
+        lambda m, a, u: u * (F.layer_norm(a, (W,), eps=EPS) * m.weight + m.bias),
+        1,
+        "layer_norm * u",
+    ),
+    "dropout in eval": (lambda m, a, u: F.dropout(u * layer_norm(m, a), 0.5, training=False), 1, "layer_norm * u"),
+}
+
+
+def inputs(dtype: torch.dtype) -> list[Tensor]:
+    """a from an attention-like product, u a slice of a packed buffer."""
+    packed = torch.randn(T, 4 * W, dtype=dtype)
+    return [
+        torch.randn(T, W, dtype=dtype).requires_grad_(),
+        packed[:, W : 2 * W].detach().requires_grad_(),
+        torch.randn(T, E, dtype=dtype).requires_grad_(),
+    ]
+
+
+def rewritten(module: nn.Module, args: list[Tensor], expect: int = 1):
+    gm, parameters = traced_module(module, args)
+    report = Report()
+    assert output.run(gm, report) == expect, [str(r) for r in report.regions]
+    gm.graph.lint()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=OP)) == expect
+    assert output.run(gm, Report()) == 0
+    return gm, parameters, report
+
+
+def values_and_grads(function, leaves: list[Tensor], dout: Tensor) -> list[Tensor | None]:
+    out = function()
+    return [out, *torch.autograd.grad(out, leaves, dout, allow_unused=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name, dtype):
+    body, pieces, says = FUSED[name]
+    module, args = Output(body, pieces, dtype), inputs(dtype)
+    gm, parameters, report = rewritten(module, args)
+    assert says.replace("float32", str(dtype).removeprefix("torch.")) in report.fused("output")[0].what
+    targets = {n.target for n in gm.graph.nodes}
+    assert not targets & {
+        torch.ops.aten.layer_norm.default,
+        torch.ops.aten.group_norm.default,
+        torch.ops.aten.rms_norm.default,
+        torch.ops.aten.rsqrt.default,
+    }
+
+    exact = Output(body, pieces, torch.float64)
+    exact.load_state_dict(module.state_dict())
+    doubles = [a.detach().double().requires_grad_() for a in args]
+    dout = torch.randn(T, E, dtype=dtype)
+    ours = values_and_grads(lambda: gm(*parameters, *args), [*args, *parameters], dout)
+    eager = values_and_grads(lambda: module(*args), [*args, *parameters], dout)
+    reference = values_and_grads(lambda: exact(*doubles), [*doubles, *exact.parameters()], dout.double())
+    for i, (o, e, r) in enumerate(zip(ours, eager, reference, strict=True)):
+        assert (o is None) == (e is None)
+        if o is not None:
+            assert_within_budget(o, e, r, BACKWARD if i else FORWARD, f"value {i}")
+
+
+def test_token_count_stays_dynamic():
+    module = Output(FUSED["Meta, concat"][0], 3)
+    gm, parameters, _ = rewritten(module, inputs(torch.float32))
+    for rows in (0, 1, 64):
+        args = [torch.randn(rows, n) for n in (W, W, E)]
+        torch.testing.assert_close(gm(*parameters, *args), module(*args))
+
+
+def test_dense_and_interleaved_layouts():
+    class Dense(nn.Module):
+        def forward(self, a, uvqk):  # a [B, N, H, D], uvqk [B, N, H, 4 * D]
+            u = uvqk[..., :D].reshape(*a.shape[:2], W)
+            return u * F.layer_norm(a.flatten(2), (W,), eps=EPS)
+
+    args = [torch.randn(3, 5, H, D), torch.randn(3, 5, H, 4 * D)]
+    gm = traced(Dense(), args)
+    assert output.run(gm, Report()) == 1
+    gm.recompile()
+    op = gm.graph.find_nodes(op="call_function", target=OP)[0]
+    assert tuple(op.args[1].meta["val"].shape[1:]) == (H, D)  # the slice itself, not a copy of it
+    for B in (3, 2):
+        args = [torch.randn(B, 5, H, D), torch.randn(B, 5, H, 4 * D)]
+        torch.testing.assert_close(gm(*args), Dense()(*args))
+
+
+def test_dropout_follows_the_seed_and_its_gradient_the_mask():
+    module = Output(lambda m, a, u: upcast(m, a, u, p=0.25, concat=True), 3).train()
+    args = inputs(torch.float32)
+    gm, parameters, report = rewritten(module, args)
+    assert "-> dropout 0.25" in report.fused("output")[0].what
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+
+    def call(seed):
+        torch.manual_seed(seed)
+        return gm(*parameters, *args)
+
+    assert torch.equal(call(3), call(3))
+    assert not torch.equal(call(3), call(4))
+    # The projection's gradient shows what its input was.
+    (dweight,) = torch.autograd.grad(call(3).sum(), [parameters[-1]])
+    dropped = dweight[0].view(3, W)  # the column sums of the dropped output
+    torch.manual_seed(3)
+    seed = torch.randint(0, 2**63 - 1, [1])
+    keep = [keep_scale(seed, 0.25, T, piece, H, D, torch.float32).view(T, W) for piece in (0, 1, 3)]
+    dry = upcast(module, args[0], args[1], concat=True).detach().split(W, dim=1)
+    torch.testing.assert_close(dropped, torch.stack([(k * d).sum(0) for k, d in zip(keep, dry, strict=True)]))
+
+
+def test_dropout_stays_outside_under_fallback_random():
+    module = Output(lambda m, a, u: F.dropout(u * layer_norm(m, a), 0.25)).train()
+    args = inputs(torch.float32)
+    with torch._inductor.config.patch(fallback_random=True):
+        gm, parameters, _ = rewritten(module, args)
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+    torch.manual_seed(1)
+    ours = gm(*parameters, *args)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, module(*args))
+
+
+def test_autocast_rounds_where_the_projection_would():
+    args = [*inputs(torch.float32), torch.randn(E, W)]
+
+    def call(a, u, x, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(u * F.layer_norm(a, (W,)), weight) + x
+
+    gm = traced(call, args)
+    assert output.run(gm, Report()) == 1
+    gm.recompile()
+    op = gm.graph.find_nodes(op="call_function", target=OP)[0]
+    assert op.meta["val"].dtype == torch.bfloat16
+    a, u, x, weight = (t.double() for t in args)
+    reference = F.linear(u * F.layer_norm(a, (W,)), weight) + x
+    assert_within_budget(gm(*args), call(*args), reference, FORWARD)
+
+
+def attention_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = F.silu(torch.einsum("bnhd,bmhd->bhnm", q, k)) / 8
+    return torch.einsum("bhnm,bmhd->bnhd", p, v).reshape(-1, W)
+
+
+NEAR_MISSES = {
+    "norm after the gate": (
+        lambda a, u: F.layer_norm(attention_output(*[a.view(1, -1, H, D)] * 3) * u, (W,)),
+        "the norm comes after the gate",
+    ),
+    "normalised value escapes": (
+        lambda a, u: ((n := F.layer_norm(a, (W,))) * u, n),
+        "the normalised value has a second use",
+    ),
+    "one gate a row": (lambda a, u: F.layer_norm(a, (W,)) * u.mean(-1, keepdim=True), "the gate has shape"),
+    "not attention": (lambda a, u: F.layer_norm(torch.tanh(a), (W,)) * u, "not by attention"),
+    "wider precision": (lambda a, u: (F.layer_norm(a.double(), (W,)) * u).float(), "float64"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name):
+    function, reason = NEAR_MISSES[name]
+    args = [torch.randn(T, W), torch.randn(T, W)]
+    gm = traced(function, args)
+    before = str(gm.graph)
+    report = Report()
+    assert output.run(gm, report) == 0
+    assert reason in report.missed("output")[0].reason
+    assert str(gm.graph) == before
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, u: F.layer_norm(a, (W,)) * u[0],  # its own affine
+        lambda a, u: F.layer_norm(a, (W,)) + u,
+        lambda a, u: F.softmax(a, -1) * u,
+        lambda a, u: a * u,
+        lambda a, u: F.layer_norm(a, (W,)) * 2,
+    ],
+)
+def test_nothing_to_find(function):
+    gm = traced(function, [torch.randn(T, W), torch.randn(T, W)])
+    report = Report()
+    assert output.run(gm, report) == 0 and not report.regions
+
+
+def test_value_needed_before_dropout_ends_the_region():
+    module = Output(lambda m, a, u: F.dropout(y := u * layer_norm(m, a), 0.5) + y).train()
+    gm, _, report = rewritten(module, inputs(torch.float32))
+    assert "dropout" not in report.fused("output")[0].what
