@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hstu_compile
-from bench.measure import error_and_budget, interleaved_milliseconds, peak_mib, results, training_step
+from bench.measure import compiled, error_and_budget, interleaved_milliseconds, peak_mib, results, training_step
 from bench.native_layer import HSTUStack
 from bench.show import table
 
@@ -23,14 +23,6 @@ SIZES = {  # where the flags do not say otherwise
 ROUNDS = {"cuda": 20, "cpu": 5}
 WARM_UP = 3
 ERROR_BATCH = 4  # sequences whose float64 result is computed for the error
-
-
-def compiled(model: nn.Module) -> dict[str, Callable]:
-    return {
-        "eager": model,
-        "inductor": torch.compile(model, backend="inductor"),
-        "hstu_compile": torch.compile(model, backend=hstu_compile.backend),
-    }
 
 
 def inputs(args: argparse.Namespace, batch: int, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -61,7 +53,7 @@ def show_errors(args: argparse.Namespace, model: nn.Module) -> bool:
     x, dout = inputs(args, batch, seq_len, DTYPES[args.dtype])
     lengths = torch.randint(seq_len // 2, seq_len + 1, (batch,), device=args.device)
     functions, parameters = compiled(model), dict(model.named_parameters())
-    eager, ours = (results(functions[name], parameters, x, lengths, dout) for name in ("eager", "hstu_compile"))
+    eager, ours = (results(functions[name], parameters, x, lengths, dout) for name in ("native", "hstu"))
     exact_model = copy.deepcopy(model).double()
     exact_x = x.detach().double().requires_grad_()
     exact = results(exact_model, dict(exact_model.named_parameters()), exact_x, lengths, dout.double())
@@ -90,16 +82,16 @@ def show_speed(args: argparse.Namespace, model: nn.Module, device: torch.device)
         def step(function: Callable, x: Tensor = x, lengths: Tensor = lengths, dout: Tensor = dout) -> None:
             training_step(function, parameters, x, lengths, dout)
 
-        steps = {name: lambda f=function: step(f) for name, function in compiled(model).items()}  # type: ignore[misc]
+        steps = {name: lambda f=function: step(f) for name, function in compiled(model).items()}
         for run in steps.values():
             for _ in range(WARM_UP):
                 run()
         times = interleaved_milliseconds(steps, device, ROUNDS[device.type])
         for name, run in steps.items():
-            speed_up = times["eager"] / times[name]
+            speed_up = times["native"] / times[name]
             rows.append([str(seq_len), name, f"{times[name]:.2f}", f"{speed_up:.2f}x", f"{peak_mib(run, device):.0f}"])
     print("One training step (forward and backward), full-length sequences, dropout 0.2\n")
-    print(table(["N", "implementation", "ms (median)", "against eager", "peak MiB"], rows))
+    print(table(["N", "implementation", "ms (median)", "against native", "peak MiB"], rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-FORWARD, BACKWARD = 2.0, 5.0  # how many times eager's own error is the budget
+import hstu_compile
+from hstu_compile.verify import BACKWARD, FORWARD
+
+
+def compiled(model: nn.Module) -> dict[str, Callable]:
+    """The implementations that are compared: the model as it is, through Inductor, and through this project."""
+    return {
+        "native": model,
+        "inductor": torch.compile(model, backend="inductor"),
+        "hstu": torch.compile(model, backend=hstu_compile.backend),
+    }
 
 
 def training_step(model: Callable, parameters: list[nn.Parameter], x: Tensor, lengths: Tensor, dout: Tensor) -> None:
@@ -31,9 +41,9 @@ def interleaved_milliseconds(steps: Mapping[str, Callable[[], None]], device: to
 
 def _milliseconds(step: Callable[[], None], device: torch.device) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        began = time.perf_counter()
         step()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - began)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     start.record()

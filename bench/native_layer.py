@@ -1,8 +1,8 @@
 """An HSTU stack in plain PyTorch, written the way people write it. Nothing in it knows about hstu_compile.
 
-    u, v, q, k = split(silu(norm(x) W_uvqk + b))
-    a          = (silu(q kT) / N * mask) v
-    out        = dropout(norm(a) * u) W_o + x
+u, v, q, k = split(silu(norm(x) W_uvqk + b))
+a          = (silu(q kT) / N * mask) v
+out        = dropout(norm(a) * u) W_o + x
 """
 
 import torch

@@ -1,0 +1,108 @@
+"""python -m bench.tables: the tables in the documents, written anew from bench/results/<gpu>/*.json.
+
+A table stands between `<!-- bench.tables: NAME -->` and `<!-- end -->`; what is between the two is never typed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/kernels.md")
+BLOCK = re.compile(r"(<!-- bench\.tables: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = Mapping[str, Any]  # the extra_info of one benchmark
+
+
+def results(suite: str, root: Path = ROOT) -> Iterator[tuple[str, list[Row]]]:
+    """(heading, rows) of each GPU that has a results file of this suite."""
+    for path in sorted((root / "bench/results").glob(f"*/{suite}.json")):
+        run = json.loads(path.read_text())
+        rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+        versions = ", ".join(sorted({f"torch {row['torch']}" for row in rows if "torch" in row}))
+        yield f"{path.parent.name}; {versions or 'versions unknown'}; {run['datetime'][:10]}", rows
+
+
+def layer(rows: list[Row]) -> str:
+    """Training step of one layer: per N, milliseconds and peak memory of each implementation."""
+    steps = [row for row in rows if row["direction"] == "step" and not row["recompute"]]
+    shapes = sorted({(row["batch"], row["num_heads"], row["head_dim"], row["dtype"]) for row in steps})
+    implementations = [
+        name for name in ("native", "inductor", "hstu") if any(r["implementation"] == name for r in steps)
+    ]
+    parts = []
+    for shape in shapes:
+        found = {
+            (row["seq_len"], row["implementation"]): row
+            for row in steps
+            if (row["batch"], row["num_heads"], row["head_dim"], row["dtype"]) == shape
+        }
+        header = ["N", *(f"{name}, ms" for name in implementations), *(f"{name}, peak MiB" for name in implementations)]
+        body = [
+            [
+                str(seq_len),
+                *(_cell(found.get((seq_len, name)), "ms", ".2f") for name in implementations),
+                *(_cell(found.get((seq_len, name)), "peak_mib", ".0f") for name in implementations),
+            ]
+            for seq_len in sorted({seq_len for seq_len, _ in found})
+        ]
+        batch, num_heads, head_dim, dtype = shape
+        caption = f"Training step of one layer, B={batch}, H={num_heads}, D={head_dim}, {dtype}:"
+        parts.append(f"{caption}\n\n{_markdown(header, body)}")
+    return "\n\n".join(parts)
+
+
+def attention(rows: list[Row]) -> str:
+    """TFLOP/s (of live cells), forward / backward, full-length causal: a line per head dim and implementation."""
+    plain = [row for row in rows if row["lengths"] == "full" and row["mask"] == "causal"]
+    found = {(r["head_dim"], r["implementation"], r["seq_len"], r["direction"]): r for r in plain}
+    seq_lens = sorted({row["seq_len"] for row in plain})
+    body = [
+        [
+            f"{implementation}, D={head_dim}",
+            *(
+                " / ".join(
+                    _cell(found.get((head_dim, implementation, seq_len, direction)), "tflops", ".0f")
+                    for direction in ("forward", "backward")
+                )
+                for seq_len in seq_lens
+            ),
+        ]
+        for head_dim, implementation in sorted({(row["head_dim"], row["implementation"]) for row in plain})
+    ]
+    header = ["", *(f"N={seq_len}" for seq_len in seq_lens)]
+    return f"Attention, TFLOP/s forward / backward, causal, full-length sequences:\n\n{_markdown(header, body)}"
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {"layer": layer, "attention": attention}
+
+
+def _cell(row: Row | None, key: str, form: str) -> str:
+    return format(row[key], form) if row is not None else "-"
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def render(name: str, root: Path = ROOT) -> str:
+    parts = [f"{heading}\n\n{TABLES[name](rows)}" for heading, rows in results(name, root)]
+    return "\n\n".join(parts) or "No results have been recorded yet."
+
+
+def rewritten(text: str, root: Path = ROOT) -> str:
+    """The document with every table made anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{render(match[2], root)}\n\n{match[3]}", text)
+
+
+def main() -> None:
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(rewritten(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
