@@ -37,11 +37,14 @@ def table_grad(grad: Tensor, index: Tensor, table_size: int) -> Tensor:
 
     Args:
         grad: [*index.shape] or [*index.shape, C], floating point, any strides (copied unless contiguous).
-        index: [...] of any integer dtype; entries outside 0 <= index < table_size count for nothing.
+        index: [...] int16, int32 or int64; entries outside 0 <= index < table_size count for nothing.
         table_size: V.
 
     Returns:
         [V] or [V, C], the dtype of `grad`, accumulated in fp32 (fp64 for fp64). Deterministic.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
     """
     return torch.ops.hstu_compile.table_grad(grad, index, table_size)
 
@@ -87,8 +90,8 @@ def _check_grad(grad: Tensor, index: Tensor) -> None:
             f"grad: expected floating point of the index's shape {list(index.shape)}, or that and [C]; "
             f"got {grad.dtype} {list(grad.shape)}"
         )
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"index: expected an integer dtype, got {index.dtype}")
+    if index.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"index: expected int16, int32 or int64, got {index.dtype}")
 
 
 def table_grad_reference(grad: Tensor, index: Tensor, table_size: int) -> Tensor:

@@ -17,6 +17,7 @@ UNROLL = 8  # loads in flight
 PROGRAMS = 4224  # 32 for each of the largest GPU's 132 multiprocessors
 SLICE = 512  # table rows of one program: larger tables are read once for every slice
 PARTIAL_BYTES = 64 << 20
+MAX_THREADS = 1024  # of one program
 
 
 @triton.jit
@@ -57,6 +58,8 @@ def accumulate(
 def table_grad(grad: Tensor, index: Tensor, table_size: int) -> Tensor:
     """See `hstu_compile::table_grad`."""
     channels = grad.shape[-1] if grad.dim() > index.dim() else 1
+    if channels > MAX_THREADS:
+        return torch.cat([table_grad(part, index, table_size) for part in grad.split(MAX_THREADS, -1)], -1)
     grad, index = grad.contiguous(), index.contiguous()
     padded = triton.next_power_of_2(channels)
     threads = max(32, padded)
