@@ -15,11 +15,10 @@ from torch import fx
 from hstu_compile.ops import kernel_table
 from hstu_compile.passes.attention_mask import MaskMeaning
 from hstu_compile.passes.attention_operands import JaggedLayout, Layout, find_region, find_unpadded
-from hstu_compile.passes.attention_scores import Misfit, find_chain, nonlinearity, other_user, read_chain
+from hstu_compile.passes.attention_scores import Misfit, find_chain, nonlinearity, read_chain, refuse_other_users
 from hstu_compile.passes.attention_weights import Weights, attn_bias, attn_mask, read_weights
-from hstu_compile.passes.axes import LAYOUT, Axes, Axis
+from hstu_compile.passes.axes import LAYOUT, Axes, Axis, Dims
 from hstu_compile.passes.graph import (
-    SIZE_OF,
     aten,
     cast,
     erase_dead,
@@ -94,9 +93,7 @@ def _read(second: Product, chain: list[fx.Node], labels: Labels, values: fx.Node
                 by_label[label] = Axis(size, (operand, dim))
     scores = read_chain(chain, tuple((by_label[label],) for label in labels if label), axes)
     region = find_region(axes, second, labels, values, value_labels, scores, by_label)
-    user = other_user(scores, second.node)
-    if user is not None:
-        raise Misfit(user, "the attention scores are used here too")
+    refuse_other_users(scores, second.node)
     if value(second.node).dtype not in DTYPES:
         raise Misfit(second.node, f"dtype {value(second.node).dtype}")
     unpadded = find_unpadded(region)
@@ -153,10 +150,13 @@ def _replace(layout: Layout, out: fx.Node) -> set[fx.Node]:
     new = cast(new, value(old).dtype, before)
     if old is before:
         new = _with_strides_of(old, new)
+    dead = [old, before, *region.scores.dims_of]
     for node, dims in region.scores.dims_of.items():
-        _detach_sizes(axes, node, axes.resolve(dims), before)
+        dead += _detach_sizes(axes, node, axes.resolve(dims))
     old.replace_all_uses_with(new)
-    return erase_dead([old, before, *region.scores.dims_of])
+    for node in old.all_input_nodes:  # what else came out of dense_to_jagged, and is not read
+        dead += [part for user in node.users for part in (user, *user.users)]
+    return erase_dead(dead)
 
 
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:
@@ -177,20 +177,21 @@ def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:
     return insert_call(old.graph, old, aten.clone.default, (new,), kwargs, like=old)
 
 
-def _detach_sizes(axes: Axes, node: fx.Node, dims: tuple[tuple[Axis, ...], ...], before: fx.Node) -> None:
-    """Uses that only want the shape of a node that disappears read it elsewhere."""
+def _detach_sizes(axes: Axes, node: fx.Node, dims: Dims) -> list[fx.Node]:
+    """Uses that only want the shape of a node that disappears read it elsewhere; returns what is replaced."""
+    replaced = []
     for user in [user for user in node.users if reads_only_metadata(user) and user.users]:
-        constant = number(user)
+        new, constant = None, number(user)
         if is_call(user, aten.sym_size.int):
-            size = axes.group_size(dims[user.args[1]], user)  # type: ignore[index]
-            if isinstance(size, fx.Node):
-                user.replace_all_uses_with(size)
-        elif constant is not None and not is_call(user, *SIZE_OF):
-            full = value(user)
-            sizes: Any = [axes.group_size(group, user) for group in dims] if _is_like(user) else user.args[1]
-            kwargs = {"dtype": full.dtype, "device": full.device}
-            made = insert_call(user.graph, user, aten.full.default, (sizes, constant), kwargs, like=user)
-            user.replace_all_uses_with(made)
+            new = axes.group_size(dims[user.args[1]], user)  # type: ignore[index]
+        elif constant is not None:
+            like: Any = [axes.group_size(group, user) for group in dims] if _is_like(user) else user.args[1]
+            kwargs = {"dtype": value(user).dtype, "device": value(user).device}
+            new = insert_call(user.graph, user, aten.full.default, (like, constant), kwargs, like=user)
+        if isinstance(new, fx.Node):
+            user.replace_all_uses_with(new)
+            replaced.append(user)
+    return replaced
 
 
 def _is_like(user: fx.Node) -> bool:

@@ -284,13 +284,14 @@ def _selection(node: fx.Node, main: fx.Node) -> tuple[fx.Node, float | None, Lit
     return None
 
 
-def other_user(scores: Scores, second: fx.Node) -> fx.Node | None:
-    """Somebody outside the region who reads the scores or the weights."""
+def refuse_other_users(scores: Scores, second: fx.Node) -> None:
+    """Raises Misfit if somebody outside the region reads the scores or the weights."""
     for node in scores.dims_of:
         for user in node.users:
+            if user.op == "output":
+                raise Misfit(node, "the attention scores are returned")
             if user is not second and user not in scores.dims_of and not reads_only_metadata(user):
-                return user
-    return None
+                raise Misfit(user, "the attention scores are used here too")
 
 
 def _name(node: fx.Node) -> str:

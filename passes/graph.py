@@ -159,7 +159,7 @@ def insert_call(
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs or {})
     values, named = map_arg((args, kwargs or {}), value)
-    with _fake_mode(values, named), enable_python_dispatcher(), torch.no_grad():
+    with _fake_mode(values, named, value(like), value(before)), enable_python_dispatcher(), torch.no_grad():
         node.meta["val"] = target(*values, **named)
     for key in ("stack_trace", "nn_module_stack", "seq_nr"):
         if key in like.meta:

@@ -4,71 +4,96 @@ Importing this module makes `torch.ops.fbgemm` usable: fbgemm_gpu itself where i
 As in fbgemm_gpu, the public names are composites of the `_forward` ops, which carry the gradient.
 """
 
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
 import torch
 from torch import Tensor
+
+
+def _places(offsets: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """[B, N]: which token stands at a padded place, and whether one does."""
+    column = torch.arange(max_length, device=offsets.device)
+    used = column < (offsets[1:] - offsets[:-1])[:, None]
+    return torch.where(used, offsets[:-1, None] + column, 0), used
+
+
+def pad(values: Tensor, offsets: list[Tensor], max_lengths: list[int], padding_value: float = 0.0) -> Tensor:
+    """[T, D] -> [B, N, D]"""
+    source, used = _places(offsets[0], max_lengths[0])
+    if values.shape[0] == 0:
+        return values.new_full((*source.shape, values.shape[1]), padding_value)
+    return torch.where(used[..., None], values[source], padding_value)
+
+
+def unpad(dense: Tensor, x_offsets: list[Tensor], total_L: int | None = None) -> Tensor:
+    """[B, N, D] -> [T, D]"""
+    source, used = _places(x_offsets[0], dense.shape[1])
+    total = int(x_offsets[0][-1]) if total_L is None else total_L
+    return dense.new_zeros(total, dense.shape[2]).index_put((source[used],), dense[used])
+
+
+@contextlib.contextmanager
+def in_plain_pytorch() -> Iterator[None]:
+    """Models call the plain functions above: for float64, which fbgemm_gpu does not have everywhere."""
+    with (
+        mock.patch.object(torch.ops.fbgemm, "jagged_to_padded_dense", pad),
+        mock.patch.object(torch.ops.fbgemm, "dense_to_jagged", lambda *args: (unpad(*args), args[1])),
+    ):
+        yield
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("fbgemm", "FRAGMENT")
+    for suffix in ("", "_forward"):
+        library.define(
+            f"jagged_to_padded_dense{suffix}"
+            "(Tensor values, Tensor[] offsets, SymInt[] max_lengths, float padding_value=0.) -> Tensor"
+        )
+    library.define("dense_to_jagged(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) -> (Tensor, Tensor[])")
+    library.define("dense_to_jagged_forward(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) -> Tensor")
+
+    def pad_fake(values, offsets, max_lengths, padding_value=0.0):
+        return values.new_empty(offsets[0].shape[0] - 1, max_lengths[0], values.shape[1])
+
+    def unpad_fake(dense, x_offsets, total_L=None):
+        total = torch.library.get_ctx().new_dynamic_size() if total_L is None else total_L
+        return dense.new_empty(total, dense.shape[2])
+
+    def keep_for_backward(ctx, inputs, output):
+        tensor, offsets, *_ = inputs
+        ctx.save_for_backward(*offsets)
+        ctx.size = tensor.shape[0] if output.dim() == 3 else tensor.shape[1]
+
+    def pad_backward(ctx, grad):
+        return torch.ops.fbgemm.dense_to_jagged_forward(grad, list(ctx.saved_tensors), ctx.size), None, None, None
+
+    def unpad_backward(ctx, grad):
+        padded = torch.ops.fbgemm.jagged_to_padded_dense_forward(grad, list(ctx.saved_tensors), [ctx.size], 0.0)
+        return padded, None, None
+
+    for name, forward, fake, backward in (
+        ("jagged_to_padded_dense_forward", pad, pad_fake, pad_backward),
+        ("dense_to_jagged_forward", unpad, unpad_fake, unpad_backward),
+    ):
+        library.impl(name, forward, "CPU")
+        library.impl(name, forward, "CUDA")
+        torch.library.register_fake(f"fbgemm::{name}", fake, lib=library)
+        torch.library.register_autograd(f"fbgemm::{name}", backward, setup_context=keep_for_backward, lib=library)
+
+    def public_pad(values, offsets, max_lengths, padding_value=0.0):
+        return torch.ops.fbgemm.jagged_to_padded_dense_forward(values, offsets, max_lengths, padding_value)
+
+    def public_unpad(dense, x_offsets, total_L=None):
+        return torch.ops.fbgemm.dense_to_jagged_forward(dense, x_offsets, total_L), x_offsets
+
+    library.impl("jagged_to_padded_dense", public_pad, "CompositeImplicitAutograd")
+    library.impl("dense_to_jagged", public_unpad, "CompositeImplicitAutograd")
+    return library
+
 
 try:
     import fbgemm_gpu  # noqa: F401
 except ImportError:
-    _library = torch.library.Library("fbgemm", "FRAGMENT")
-    for _suffix in ("", "_forward"):
-        _library.define(
-            f"jagged_to_padded_dense{_suffix}"
-            "(Tensor values, Tensor[] offsets, SymInt[] max_lengths, float padding_value=0.) -> Tensor"
-        )
-    _library.define("dense_to_jagged(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) -> (Tensor, Tensor[])")
-    _library.define("dense_to_jagged_forward(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) -> Tensor")
-
-    def _places(offsets: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-        """[B, N]: which token stands at a padded place, and whether one does."""
-        column = torch.arange(max_length, device=offsets.device)
-        used = column < (offsets[1:] - offsets[:-1])[:, None]
-        return torch.where(used, offsets[:-1, None] + column, 0), used
-
-    def _pad(values: Tensor, offsets: list[Tensor], max_lengths: list[int], padding_value: float = 0.0) -> Tensor:
-        source, used = _places(offsets[0], max_lengths[0])
-        if values.shape[0] == 0:
-            return values.new_full((*source.shape, values.shape[1]), padding_value)
-        return torch.where(used[..., None], values[source], padding_value)
-
-    def _unpad(dense: Tensor, x_offsets: list[Tensor], total_L: int | None = None) -> Tensor:
-        source, used = _places(x_offsets[0], dense.shape[1])
-        total = int(x_offsets[0][-1]) if total_L is None else total_L
-        return dense.new_zeros(total, dense.shape[2]).index_put((source[used],), dense[used])
-
-    def _pad_fake(values, offsets, max_lengths, padding_value=0.0):
-        return values.new_empty(offsets[0].shape[0] - 1, max_lengths[0], values.shape[1])
-
-    def _unpad_fake(dense, x_offsets, total_L=None):
-        total = torch.library.get_ctx().new_dynamic_size() if total_L is None else total_L
-        return dense.new_empty(total, dense.shape[2])
-
-    def _keep_for_backward(ctx, inputs, output):
-        tensor, offsets, *rest = inputs
-        ctx.save_for_backward(*offsets)
-        ctx.size = tensor.shape[0] if output.dim() == 3 else tensor.shape[1]
-
-    def _pad_backward(ctx, grad):
-        return torch.ops.fbgemm.dense_to_jagged_forward(grad, list(ctx.saved_tensors), ctx.size), None, None, None
-
-    def _unpad_backward(ctx, grad):
-        padded = torch.ops.fbgemm.jagged_to_padded_dense_forward(grad, list(ctx.saved_tensors), [ctx.size], 0.0)
-        return padded, None, None
-
-    for _name, _forward, _fake, _backward in (
-        ("jagged_to_padded_dense_forward", _pad, _pad_fake, _pad_backward),
-        ("dense_to_jagged_forward", _unpad, _unpad_fake, _unpad_backward),
-    ):
-        _library.impl(_name, _forward, "CPU")
-        _library.impl(_name, _forward, "CUDA")
-        torch.library.register_fake(f"fbgemm::{_name}", _fake, lib=_library)
-        torch.library.register_autograd(f"fbgemm::{_name}", _backward, setup_context=_keep_for_backward, lib=_library)
-
-    def _public_pad(values, offsets, max_lengths, padding_value=0.0):
-        return torch.ops.fbgemm.jagged_to_padded_dense_forward(values, offsets, max_lengths, padding_value)
-
-    def _public_unpad(dense, x_offsets, total_L=None):
-        return torch.ops.fbgemm.dense_to_jagged_forward(dense, x_offsets, total_L), x_offsets
-
-    _library.impl("jagged_to_padded_dense", _public_pad, "CompositeImplicitAutograd")
-    _library.impl("dense_to_jagged", _public_unpad, "CompositeImplicitAutograd")
+    _library = _register()  # lives as long as the module

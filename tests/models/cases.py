@@ -20,13 +20,17 @@ WIDTH = 16
 @dataclass(frozen=True)
 class Case:
     """A model, `arguments(batch, seed)` for it (the first is x, and every tensor's batch or token count may change),
-    how many attention regions it holds, and what the report says about them."""
+    how many attention regions it holds, and what the report says about them.
+
+    dynamic: False where a graph break makes Dynamo itself specialise the token count.
+    """
 
     model: Callable[[], nn.Module]
     arguments: Callable[..., tuple[Any, ...]]
     regions: int = 1
     says: tuple[str, ...] = ()
     layout: str = "jagged"
+    dynamic: bool = True
 
 
 class Stack(nn.Module):
@@ -100,11 +104,11 @@ MODELS: dict[str, Case] = {
     "meta_stu group norm": Case(lambda: MetaSTU(group_norm=True), with_targets, says=("causal",)),
     "meta_stu stack": Case(lambda: Stack(MetaSTU(), MetaSTU(contextual=2)), with_targets, regions=2),
     "nvidia_native": Case(NvidiaNative, with_contextuals, says=("groups of 2", "contextual rows", "divisor 64")),
-    "research": Case(ResearchHSTU, with_timestamps, says=("causal", "bias"), layout="dense"),
+    "research": Case(ResearchHSTU, with_timestamps, says=("mask tensor", "bias"), layout="dense", dynamic=False),
     "research unbroken": Case(
-        lambda: ResearchHSTU(break_graph=False), with_timestamps, says=("causal", "bias"), layout="jagged"
+        lambda: ResearchHSTU(break_graph=False), with_timestamps, says=("mask tensor", "bias"), layout="jagged"
     ),
-    "four linears": Case(FourLinears, with_valid, says=("causal",), layout="dense"),
+    "four linears": Case(FourLinears, with_valid, says=("mask tensor",), layout="dense"),
     "key padding": Case(KeyPadding, with_lengths, says=("causal", "lengths", "divisor 50"), layout="dense"),
     "relative bias": Case(RelativeBias, with_mask, says=("mask tensor", "bias"), layout="dense"),
     "single head": Case(SingleHead, lambda batch, seed=0: (dense(batch, seed),), says=("causal",), layout="dense"),

@@ -1,0 +1,141 @@
+"""The attention pass on every model of tests/models: what is fused, the numbers, and what is left alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from hstu_compile.capture import capture
+from hstu_compile.passes import attention
+from hstu_compile.passes.products import as_product
+from hstu_compile.passes.report import Report
+from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
+from tests.fbgemm_stand_ins import in_plain_pytorch
+from tests.models import MODELS
+from tests.models.near_misses import NearMiss
+
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
+
+
+class Rewriter:
+    """A torch.compile backend: capture, the attention pass, and the rewritten graph executed as it is."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.graphs: list[fx.GraphModule] = []
+        self.fused = 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]):
+        captured = capture(gm)
+        self.fused += attention.run(captured, self.report)
+        captured.graph.lint()
+        captured.recompile()
+        self.graphs.append(captured)
+        return captured.forward
+
+    def calls(self, target: Any) -> list[fx.Node]:
+        return [node for gm in self.graphs for node in gm.graph.find_nodes(op="call_function", target=target)]
+
+    def said(self) -> str:
+        return "\n".join(region.what for region in self.report.fused())
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def converted(tree: Any, dtype: torch.dtype) -> Any:
+    def convert(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return torch.utils._pytree.tree_map(convert, tree)
+
+
+def values_and_gradients(model: nn.Module, call: Any, arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """All outputs, and the gradients of x and of every parameter for a fixed upstream gradient of every output."""
+    x = arguments[0].clone().requires_grad_()
+    for argument in tensors((x, *arguments[1:])):
+        torch._dynamo.maybe_mark_dynamic(argument, 0)  # batch size or token count
+    outputs = [out for out in tensors(call(x, *arguments[1:])) if out.is_floating_point()]
+    upstream = [
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(i)).to(out) for i, out in enumerate(outputs)
+    ]
+    inputs = [x, *model.parameters()]
+    grads = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
+    return outputs, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True)]
+
+
+def assert_same_numbers(model: nn.Module, compiled: Any, arguments: tuple[Any, ...]) -> None:
+    ours = values_and_gradients(model, compiled, arguments)
+    eager = values_and_gradients(model, model, arguments)
+    double = copy.deepcopy(model).double()
+    with in_plain_pytorch():
+        reference = values_and_gradients(double, double, converted(arguments, torch.float64))
+    for kind, m in enumerate((FORWARD, BACKWARD)):
+        for i, triple in enumerate(zip(ours[kind], eager[kind], reference[kind], strict=True)):
+            assert_within_budget(*triple, m, f"{('output', 'gradient')[kind]} {i}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_fused_and_keep_their_numbers(name: str) -> None:
+    case, rewriter = MODELS[name], Rewriter()
+    model = case.model()
+    compiled = torch.compile(model, backend=rewriter)
+    for batch in (3, 4):
+        arguments = case.arguments(batch)
+        assert_same_numbers(model, compiled, arguments)
+        if batch == 3:
+            compiles = len(rewriter.graphs)
+    assert len(rewriter.graphs) == compiles or not case.dynamic, "another batch size or token count compiled again"
+
+    expected = case.regions * len(rewriter.graphs) // compiles
+    assert rewriter.fused == expected, str(rewriter.report)
+    assert len(rewriter.calls(ATTENTION)) == expected
+    products = [n for gm in rewriter.graphs for n in gm.graph.nodes if (p := as_product(n)) and len(p.out_labels) > 2]
+    assert not products, "an old product is still there"
+    for words in (*case.says, case.layout):
+        assert words in rewriter.said()
+    assert all("tests/models" in region.source for region in rewriter.report.fused())
+    assert all(attention.run(gm, Report()) == 0 for gm in rewriter.graphs), "the second application found something"
+
+
+MISSES = {
+    "softmax": "softmax, not silu",
+    "gelu": "gelu, not silu",
+    "second nonlinearity": "tanh",
+    "minus infinity": "masked with -inf before silu",
+    "dropout": "dropout on the attention weights",
+    "scores returned": "the attention scores are returned",
+    "learned mask": "needs a gradient",
+}
+
+
+@pytest.mark.parametrize("kind", MISSES)
+def test_near_misses_are_left_alone_and_explained(kind: str) -> None:
+    model, rewriter = NearMiss(kind), Rewriter()
+    compiled = torch.compile(model, backend=rewriter)
+    x = torch.randn(2, 6, 16)
+    torch.manual_seed(1)
+    ours = tensors(compiled(x))
+    torch.manual_seed(1)
+    for a, b in zip(ours, tensors(model(x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert rewriter.fused == 0
+    (miss,) = rewriter.report.missed()
+    assert MISSES[kind] in miss.reason
+    assert "near_misses.py" in miss.source
+
+
+@pytest.mark.parametrize(("kind", "words"), [("right", "causal"), ("hole", "mask tensor")])
+def test_what_the_near_misses_should_be(kind: str, words: str) -> None:
+    model, rewriter = NearMiss(kind), Rewriter()
+    assert_same_numbers(model, torch.compile(model, backend=rewriter), (torch.randn(2, 6, 16),))
+    assert rewriter.fused == 1 and words in rewriter.said()
+
+
+def test_dropout_that_does_nothing_is_fused() -> None:
+    model, rewriter = NearMiss("dropout").eval(), Rewriter()
+    assert_same_numbers(model, torch.compile(model, backend=rewriter), (torch.randn(2, 6, 16),))
+    assert rewriter.fused == 1
