@@ -102,9 +102,9 @@ def _expect(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def _check(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, named: dict) -> None:
-    for name, t in (("a", a), ("u", u)):
-        _expect(t.dim() in (2, 3), f"the shape of {name}", tuple(t.shape), "[T, W] or [T, H, D]")
-        _expect(t.is_floating_point(), f"the dtype of {name}", t.dtype, "a floating point dtype")
+    for name, x in (("a", a), ("u", u)):
+        _expect(x.dim() in (2, 3), f"the shape of {name}", tuple(x.shape), "[T, W] or [T, H, D]")
+        _expect(x.is_floating_point(), f"the dtype of {name}", x.dtype, "a floating point dtype")
     _expect(u.device == a.device, "the device of u", u.device, f"that of a, {a.device}")
     torch._check(u.shape[0] == a.shape[0], lambda: f"norm_gate_dropout: u has {u.shape[0]} rows, a {a.shape[0]}")
     width, groups = a.shape[1:].numel(), named["num_groups"]
@@ -191,8 +191,8 @@ def _backward_impl(dy, a, u, weight, bias, seed, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.named = *inputs[:5], inputs[5:]
-    ctx.save_for_backward(*tensors)
+    ctx.named = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _backward(ctx, dy):

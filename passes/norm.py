@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -92,47 +93,49 @@ def _product(sizes) -> int | None:
     return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else None
 
 
+_SQUARES = (aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default)
+_ADDS = (aten.add.Tensor, aten.add.Scalar)
+
+
 def _written_rms(node: fx.Node) -> Norm | None:
     """x * rsqrt(mean(x * x, -1) + eps) or x / sqrt(mean(x * x, -1) + eps)."""
-    if is_call(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2:
-        sides, root = (node.all_input_nodes, node.all_input_nodes[::-1]), aten.rsqrt.default
-    elif is_call(node, aten.div.Tensor) and len(node.all_input_nodes) == 2:
-        sides, root = (node.all_input_nodes,), aten.sqrt.default
+    operands = node.all_input_nodes
+    if len(operands) != 2:
+        return None
+    if is_call(node, aten.mul.Tensor):
+        sides, root = [operands, operands[::-1]], aten.rsqrt.default
+    elif is_call(node, aten.div.Tensor):
+        sides, root = [operands], aten.sqrt.default
     else:
         return None
     for x, scale in sides:
-        chain = [node]
-
-        def step(to: fx.Node, *targets, chain=chain) -> bool:
-            while not is_call(to, *targets) and look_through(to) is not to:
-                chain.append(to)
-                to = to.all_input_nodes[0]
-            chain.append(to)
-            return is_call(to, *targets)
-
-        if not step(scale, root):
+        calls, passed = _descend(scale, (root,), _ADDS, (aten.mean.dim,), _SQUARES)
+        if calls is None:
             continue
-        if not step(chain[-1].all_input_nodes[0], aten.add.Tensor, aten.add.Scalar):
-            continue
-        mean, eps = chain[-1].args[0], number(chain[-1].args[1])
-        if eps is None or not isinstance(mean, fx.Node) or not step(mean, aten.mean.dim):
-            continue
-        last = len(shape(chain[-1].all_input_nodes[0])) - 1
-        if [d % (last + 1) for d in chain[-1].args[1]] != [last] or not argument(chain[-1], 2, "keepdim", False):
-            continue
-        if not step(chain[-1].all_input_nodes[0], aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default):
-            continue
-        square = chain[-1]
-        squared = {look_through(n) for n in square.all_input_nodes}
-        run = shape(x)[-1]
-        if squared != {look_through(x)} or not isinstance(run, int):
-            continue
-        if (is_call(square, aten.pow.Tensor_Scalar) and square.args[1] != 2) or (
-            is_call(square, aten.mul.Tensor) and not all(is_tensor(n) for n in square.args)
-        ):
-            continue
-        return Norm(node, x, "rms_norm (written out)", run, float(eps), True, tuple(chain), period=run)
+        _, add, mean, square = calls
+        eps, run, dims = number(add.args[1]), shape(x)[-1], argument(mean, 1, "dim")
+        over_last = len(dims) == 1 and dims[0] in (-1, len(shape(square)) - 1) and argument(mean, 2, "keepdim", False)
+        factors = [x, x] if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2 else list(square.args)
+        of_x = all(isinstance(f, fx.Node) and look_through(f) is look_through(x) for f in (square.args[0], *factors))
+        if eps is not None and over_last and of_x and isinstance(run, int):
+            name = "rms_norm (written out)"
+            return Norm(node, x, name, run, float(eps), True, (node, *passed), period=run)
     return None
+
+
+def _descend(node: fx.Node, *steps: tuple) -> tuple[list[fx.Node] | None, list[fx.Node]]:
+    """From call to call along first arguments, through casts; the call of each step, and all that was passed."""
+    calls, passed = [], []
+    for targets in steps:
+        while is_cast(node):
+            passed.append(node)
+            node = node.all_input_nodes[0]
+        if not is_call(node, *targets):
+            return None, passed
+        calls.append(node)
+        passed.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return calls, passed
 
 
 def _written_affine(node: fx.Node) -> Norm | None:
@@ -140,7 +143,8 @@ def _written_affine(node: fx.Node) -> Norm | None:
     scales = is_call(node, aten.mul.Tensor)
     if not (scales or is_call(node, aten.add.Tensor)) or len(node.args) != 2 or node.kwargs:
         return None
-    for inner, vector in (node.args, node.args[::-1]):
+    sides: Any = (node.args, node.args[::-1])
+    for inner, vector in sides:
         if not (is_tensor(inner) and isinstance(vector, fx.Node) and is_tensor(vector)) or len(shape(vector)) != 1:
             continue
         n, width, between = shape(vector)[0], shape(inner)[-1], []

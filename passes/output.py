@@ -234,8 +234,8 @@ def _row_width(gate: Gate) -> int:
 
 def _inner(node: fx.Node, dims: int) -> int | None:
     """The product of the last sizes, after the first, where they are known."""
-    sizes = shape(node)[1:][-dims:]
-    return math.prod(sizes) if len(sizes) == dims and all(isinstance(n, int) for n in sizes) else None
+    sizes = [n for n in shape(node)[1:][-dims:] if isinstance(n, int)]
+    return math.prod(sizes) if len(sizes) == dims else None
 
 
 def _check_region(gate: Gate) -> None:
