@@ -35,6 +35,10 @@ class NotCaptured(Exception):
     """The graph has to stay as it is; the message says why."""
 
 
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
 def capture(gm: fx.GraphModule) -> fx.GraphModule:
     """The ATen graph of a graph that Dynamo made; `gm` itself is left alone.
 
@@ -43,7 +47,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         NotCaptured: there is nothing to capture, or capturing would not be faithful.
     """
-    inputs = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    inputs = [node.meta.get("example_value") for node in placeholders(gm)]
     if not any(isinstance(x, FakeTensor) for x in inputs):
         raise NotCaptured("the graph has no tensor input")
     if any(True for _ in gm.parameters()) or any(True for _ in gm.buffers()):
@@ -51,6 +55,10 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
             "the graph owns parameters or buffers (torch._dynamo.config.inline_inbuilt_nn_modules is off)"
         )
     captured = _trace(gm, inputs)
+    for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
+        new._rename(old.name)
+        new.target = new.name
+    captured.recompile()
     for node in captured.graph.nodes:
         if torch.Tag.inplace_view in getattr(node.target, "tags", ()) and node.args[0].op == "placeholder":
             # Dynamo's own trace has already changed the shape of the example value that ours started from.
@@ -68,7 +76,7 @@ def _trace(gm: fx.GraphModule, inputs: list[Any] | tuple[Any, ...]) -> fx.GraphM
 
     with mode:
         captured = make_fx(run, pre_dispatch=True)(*inputs)
-    for node, given in zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True):
+    for node, given in zip(placeholders(captured), inputs, strict=True):
         node.meta["example_value"] = given  # make_fx's own "val" no longer says which inputs require a gradient
     make_out_of_place(captured)
     return captured
@@ -129,7 +137,7 @@ class _Recorder(PropagateUnbackedSymInts):
 
 def _trace_inside(body: fx.GraphModule, args: tuple) -> fx.GraphModule:
     """The body of a call at the very place where it is called, in the autocast and grad mode of that place."""
-    count = len(body.graph.find_nodes(op="placeholder"))
+    count = len(placeholders(body))
     with contextlib.ExitStack() as stack:
         for _ in range(torch._C._len_torch_function_stack()):
             stack.enter_context(_pop_mode_temporarily())
@@ -145,9 +153,7 @@ def graft(captured: fx.GraphModule, gm: fx.GraphModule) -> None:
     AOTAutograd reads from that object which inputs are parameters (`_param_name_to_source`, `_dynamo_source`); without
     it, CUDA graphs would copy every parameter at each replay.
     """
-    for old, new in zip(
-        gm.graph.find_nodes(op="placeholder"), captured.graph.find_nodes(op="placeholder"), strict=True
-    ):
+    for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
         new.meta.update(old.meta)
         new._dynamo_source = old._dynamo_source
     for node in captured.graph.find_nodes(op="get_attr"):

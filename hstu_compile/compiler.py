@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from hstu_compile.capture import NotCaptured, capture, graft
+from hstu_compile.capture import NotCaptured, capture, graft, placeholders
 from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
 from hstu_compile.passes import apply
@@ -68,22 +68,29 @@ backend.reset = _reset  # type: ignore[attr-defined]
 
 def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
     """The captured and rewritten graph (None when no pass fired), and what the passes decided. `gm` is left alone."""
+    captured, report = _rewrite(gm, options)
+    log.info("%s", report)
+    if captured is not None:
+        log.debug("%s", captured.print_readable(print_output=False))
+    return captured, report
+
+
+def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
     report = Report()
     try:
         captured = capture(gm)
         fused = apply(captured, report, options.passes)
         recompute(captured, _recomputed_roles(options), report)
-    except NotCaptured as reason:
-        report.add(Region("capture", "the whole graph", where(gm), str(reason)))
-        return None, report
+        return (captured if fused else None), report
+    except NotCaptured as error:
+        reason = str(error)
     except Exception as error:
         if options.strict:
             raise
         # Whatever goes wrong here must not break a model that Inductor can compile.
         log.exception("hstu_compile: a graph could not be rewritten and is compiled as Inductor would")
-        report = Report([Region("capture", "the whole graph", where(gm), f"{type(error).__name__}: {error}")])
-        return None, report
-    return (captured if fused else None), report
+        reason = f"{type(error).__name__}: {error}"
+    return None, Report([Region("capture", "the whole graph", where(gm), reason)])
 
 
 def _recomputed_roles(options: Options) -> set[str]:
@@ -100,7 +107,6 @@ def where(gm: fx.GraphModule) -> str:
 
 
 def _judge(gm: fx.GraphModule, report: Report, options: Options) -> None:
-    log.info("%s", report)
     if report.fused() and (options.expect is None or len(report.fused("attention")) >= options.expect):
         return
     if _is_glue(gm):
@@ -132,6 +138,8 @@ _PRODUCTS = {"einsum", "matmul", "bmm", "baddbmm", "scaled_dot_product_attention
 
 def _is_glue(gm: fx.GraphModule) -> bool:
     """A piece that a graph break left over, without any product of activations: nothing to match, nothing missed."""
+    if not any(isinstance(n.meta.get("example_value"), Tensor) for n in placeholders(gm)):
+        return True
     reason = getattr(gm, "compile_subgraph_reason", None)
     resumed = any("torch_dynamo_resume_in_" in node.meta.get("stack_trace", "") for node in gm.graph.nodes)
     if not (resumed or getattr(reason, "graph_break", False)):

@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from hstu_compile.capture import placeholders
 from hstu_compile.ops import validation
 from hstu_compile.passes import CALLS_OF_SUBGRAPHS, parts
 
@@ -93,7 +94,7 @@ class _Run:
 
 def _run(interpreter: fx.Interpreter, args: Any) -> _Run:
     torch.manual_seed(0)  # what remains of randomness, and the incoming gradients
-    names = [node.name for node in interpreter.graph.find_nodes(op="placeholder")]
+    names = [node.name for node in placeholders(interpreter.module)]
     inputs = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
     results = [x for x in pytree.tree_leaves(interpreter.run(*inputs)) if isinstance(x, Tensor)]
     outputs = [(f"output {i}", x.detach()) for i, x in enumerate(results)]
@@ -121,8 +122,7 @@ class _Float64(fx.Interpreter):
             return None
         if target in CALLS_OF_SUBGRAPHS:
             body = args[0]
-            inputs = args[len(args) - len(body.graph.find_nodes(op="placeholder")) :]
-            return _Float64(body).run(*inputs)
+            return _Float64(body).run(*args[len(args) - len(placeholders(body)) :])
         args, kwargs = pytree.tree_map(_widen, (args, kwargs))
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return pytree.tree_map(_widen, super().call_function(target, args, kwargs))
