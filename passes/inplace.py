@@ -46,7 +46,7 @@ def _replace(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
 def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
     """aten.add.Tensor for aten.add_.Tensor: a function of the same arguments that writes nothing."""
     op = node.target
-    if not (isinstance(op, torch._ops.OpOverload) and torch.Tag.inplace in op.tags and op.namespace == "aten"):
+    if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and op._schema.name.endswith("_")):
         return None
     packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
     twin = getattr(packet, op._overloadname, None)

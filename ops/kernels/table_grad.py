@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UNROLL = 8  # loads in flight
-PROGRAMS = 4224  # 32 for each of the largest GPU's 132 multiprocessors
+UNROLL = 16  # loads in flight
+PROGRAMS = 2112  # 16 for each of the largest GPU's 132 multiprocessors
 SLICE = 512  # table rows of one program: larger tables are read once for every slice
 PARTIAL_BYTES = 64 << 20
 MAX_THREADS = 1024  # of one program
