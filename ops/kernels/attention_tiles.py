@@ -70,8 +70,8 @@ def row_cells(tensor, at, rows, limit):
     inside = rows[:, None] < limit
     if tensor.DIM != tensor.BLOCK:
         inside = inside & (cols[None, :] < tensor.DIM)
-    base = tensor.ptr + at[0].to(tl.int64) * tensor.batch_stride + at[1] * tensor.row_stride
-    base += at[2].to(tl.int64) * tensor.head_stride
+    base = tensor.ptr + tl.cast(at[0], tl.int64) * tensor.batch_stride + at[1] * tensor.row_stride
+    base += tl.cast(at[2], tl.int64) * tensor.head_stride
     return base + (rows[:, None].to(tl.int64) * tensor.row_stride + cols[None, :]), inside
 
 
@@ -96,7 +96,7 @@ def store_rows(tensor, at, rows, values, length, N, JAGGED: tl.constexpr):
 @triton.jit
 def load_cells(matrix, at, rows, cols, limit):
     """Cells (rows, cols) in fp32, 0 beyond `limit`; rows and cols broadcast against each other."""
-    base = matrix.ptr + at[0].to(tl.int64) * matrix.batch_stride + at[2].to(tl.int64) * matrix.head_stride
+    base = matrix.ptr + tl.cast(at[0], tl.int64) * matrix.batch_stride + tl.cast(at[2], tl.int64) * matrix.head_stride
     offsets = rows.to(tl.int64) * matrix.row_stride + cols.to(tl.int64) * matrix.col_stride
     return tl.load(base + offsets, mask=(rows < limit) & (cols < limit), other=0).to(tl.float32)
 
@@ -111,10 +111,10 @@ def half_argument(scores, half_alpha, bias, at, rows, cols, m):
 
 
 @triton.jit
-def masked(values, whole, rows, cols, m):
+def masked(values, whole, rows, cols, m, family):
     """values where the mask family lives, else 0; nothing to do where the tile is whole."""
     if not whole:
-        values = tl.where(live_cells(rows, cols, m), values, 0.0)
+        values = tl.where(live_cells(rows, cols, m, family), values, 0.0)
     return values
 
 

@@ -3,7 +3,8 @@
 The mask family, a mask tensor and a bias are fused; rows, heads and sequences may have any stride. Deterministic.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -12,20 +13,12 @@ from torch import Tensor
 
 from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
 from hstu_compile.ops.kernels.attention_triton_kernels import dbias_kernel, dk_dv_kernel, dq_kernel, forward_kernel
+from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-
-
-class Tile(NamedTuple):
-    """Queries and keys of one tile of scores, and how Triton compiles a kernel that walks such tiles."""
-
-    rows: int
-    cols: int
-    num_warps: int
-    num_stages: int
 
 
 def unsupported(
@@ -55,8 +48,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     """
     call = Call(q, k, v, **arguments)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    tile = tile_for("forward", call.attn_block, call.hidden_block, q.dtype, shared_memory(q))
-    call.launch(forward_kernel, tile, by_keys=False, operands={"out_rows": call.rows(out)})
+    call.launch(forward_kernel, call.tiles.forward, by_keys=False, operands={"out_rows": call.rows(out)})
     return out
 
 
@@ -67,18 +59,14 @@ def backward(
     call = Call(q, k, v, **arguments)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     dout_rows = call.rows(dout if dout.stride(-1) == 1 else dout.contiguous())
-
-    def tile(kernel: str) -> Tile:
-        return tile_for(kernel, call.attn_block, call.hidden_block, q.dtype, shared_memory(q))
-
-    call.launch(dq_kernel, tile("dq"), by_keys=False, operands={"dout_rows": dout_rows, "dq_rows": call.rows(dq)})
+    call.launch(dq_kernel, call.tiles.dq, by_keys=False, operands={"dout_rows": dout_rows, "dq_rows": call.rows(dq)})
     grads = {"dk_rows": call.rows(dk), "dv_rows": call.rows(dv)}
-    call.launch(dk_dv_kernel, tile("dk_dv"), by_keys=True, operands={"dout_rows": dout_rows, **grads})
+    call.launch(dk_dv_kernel, call.tiles.dk_dv, by_keys=True, operands={"dout_rows": dout_rows, **grads})
     attn_bias = arguments["attn_bias"]
     if not needs_bias_grad or attn_bias is None:
         return dq, dk, dv, None
     dbias = torch.empty(attn_bias.shape, dtype=attn_bias.dtype, device=q.device)
-    call.launch_dbias(dbias, dout_rows, tile("dbias"))
+    call.launch_dbias(dbias, dout_rows, call.tiles.dbias)
     return dq, dk, dv, dbias
 
 
@@ -110,7 +98,7 @@ class Call:
         self.device = q.device
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
-        self.attn_block, self.hidden_block = block_of(attn_dim), block_of(v.shape[-1])
+        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), shared_memory(q.device))
         self.max_seq_len = max_seq_len
         self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
@@ -146,8 +134,11 @@ class Call:
         return Rows(t, batch_stride, t.stride(-3), t.stride(-2), tl.constexpr(dim), tl.constexpr(block_of(dim)))
 
     def cells(self, t: Tensor) -> Cells:
-        expanded = t.expand(self.num_sequences, self.num_heads, *t.shape[-2:])
-        return Cells(t.view(torch.uint8) if t.dtype == torch.bool else t, *expanded.stride())
+        if t.dtype == torch.bool:
+            t = t.view(torch.uint8)
+        elif t.dtype == torch.float64:  # tiles are made for at most four bytes a cell
+            t = t.float()
+        return Cells(t, *t.expand(self.num_sequences, self.num_heads, *t.shape[-2:]).stride())
 
     def launch(self, kernel: Any, tile: Tile, *, by_keys: bool, operands: dict[str, Rows]) -> None:
         """One program for every tile of queries (or of keys), head and sequence."""
@@ -163,9 +154,7 @@ class Call:
         bias_batches, bias_heads, N, _ = dbias.shape
         programs = bias_batches * bias_heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
         sizes = {"num_sequences": self.num_sequences, "bias_batches": bias_batches, "bias_heads": bias_heads}
-        launch(
-            dbias_kernel, self.device, programs, tile, **self.shared, dout_rows=dout_rows, dbias_ptr=dbias, **sizes
-        )
+        launch(dbias_kernel, self.device, programs, tile, **self.shared, dout_rows=dout_rows, dbias_ptr=dbias, **sizes)
 
 
 def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, **arguments: Any) -> None:
@@ -190,14 +179,9 @@ def unexpanded(t: Tensor) -> Tensor:
     return t
 
 
-def shared_memory(t: Tensor) -> int:
+@functools.cache
+def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
-    if not t.is_cuda:
-        return 99 << 10
-    return torch.cuda.get_device_properties(t.device).shared_memory_per_block_optin
-
-
-def tile_for(kernel: str, attn_block: int, hidden_block: int, dtype: torch.dtype, shared_memory: int) -> Tile:
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 2)
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -79,12 +79,12 @@ def forward_kernel(
             return
     at = (batch, start, head)
     history_end, contextual = counts(sequences, batch, length, contextual_seq_len)
-    m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len, family)
+    m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len)
     if mask is not None:
         line = (batch % mask_batches * mask_heads + head % mask_heads).to(tl.int64) * tiles + tile
         visits += line * tl.cdiv(N, COLS)
         ranks += line * (tl.cdiv(N, COLS) + 1)
-    spans = occupied(key_spans(row0, ROWS, COLS, m), ranks)
+    spans = occupied(key_spans(row0, ROWS, COLS, m, family), ranks)
     rows = row0 + tl.arange(0, ROWS)
     q = load_rows(q_rows, at, rows, length)
     out = tl.zeros((ROWS, v_rows.BLOCK), tl.float32)
@@ -96,7 +96,7 @@ def forward_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         half = half_argument(scores, 0.5 * alpha, bias, at, rows[:, None], cols[None, :], m)
         p = silu(half, FAST)
-        p = masked(p, all_cells_live(row0, col0, ROWS, COLS, m), rows[:, None], cols[None, :], m)
+        p = masked(p, all_cells_live(row0, col0, ROWS, COLS, m, family), rows[:, None], cols[None, :], m, family)
         p = weighted(p, ones, mask, at, rows[:, None], cols[None, :], m)
         v = load_rows(v_rows, at, cols, length)
         out = tl.dot(p.to(v.dtype), v, out, input_precision="ieee")
@@ -145,12 +145,12 @@ def dq_kernel(
             return
     at = (batch, start, head)
     history_end, contextual = counts(sequences, batch, length, contextual_seq_len)
-    m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len, family)
+    m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len)
     if mask is not None:
         line = (batch % mask_batches * mask_heads + head % mask_heads).to(tl.int64) * tiles + tile
         visits += line * tl.cdiv(N, COLS)
         ranks += line * (tl.cdiv(N, COLS) + 1)
-    spans = occupied(key_spans(row0, ROWS, COLS, m), ranks)
+    spans = occupied(key_spans(row0, ROWS, COLS, m, family), ranks)
     rows = row0 + tl.arange(0, ROWS)
     q = load_rows(q_rows, at, rows, length)
     dout = load_rows(dout_rows, at, rows, length)
@@ -166,7 +166,7 @@ def dq_kernel(
         half = half_argument(scores, 0.5 * alpha, bias, at, rows[:, None], cols[None, :], m)
         _, grad = silu_and_grad(half, FAST)
         ds = grad * dp
-        ds = masked(ds, all_cells_live(row0, col0, ROWS, COLS, m), rows[:, None], cols[None, :], m)
+        ds = masked(ds, all_cells_live(row0, col0, ROWS, COLS, m, family), rows[:, None], cols[None, :], m, family)
         ds = weighted(ds, ones, mask, at, rows[:, None], cols[None, :], m)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     store_rows(dq_rows, at, rows, dq * (alpha * scale), length, N, sequences.offsets is not None)
@@ -216,12 +216,12 @@ def dk_dv_kernel(
             return
     at = (batch, start, head)
     history_end, contextual = counts(sequences, batch, length, contextual_seq_len)
-    m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len, family)
+    m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len)
     if mask is not None:
         line = (batch % mask_batches * mask_heads + head % mask_heads).to(tl.int64) * tiles + tile
         visits += line * tl.cdiv(N, ROWS)
         ranks += line * (tl.cdiv(N, ROWS) + 1)
-    spans = occupied(query_spans(col0, ROWS, COLS, m), ranks)
+    spans = occupied(query_spans(col0, ROWS, COLS, m, family), ranks)
     cols = col0 + tl.arange(0, COLS)
     k = load_rows(k_rows, at, cols, length)
     v = load_rows(v_rows, at, cols, length)
@@ -238,9 +238,9 @@ def dk_dv_kernel(
         half = half_argument(scores, 0.5 * alpha, bias, at, rows[None, :], cols[:, None], m)
         p, grad = silu_and_grad(half, FAST)
         ds = grad * dp
-        whole = all_cells_live(row0, col0, ROWS, COLS, m)
-        p = masked(p, whole, rows[None, :], cols[:, None], m)
-        ds = masked(ds, whole, rows[None, :], cols[:, None], m)
+        whole = all_cells_live(row0, col0, ROWS, COLS, m, family)
+        p = masked(p, whole, rows[None, :], cols[:, None], m, family)
+        ds = masked(ds, whole, rows[None, :], cols[:, None], m, family)
         p = weighted(p, ones, mask, at, rows[None, :], cols[:, None], m)
         ds = weighted(ds, ones, mask, at, rows[None, :], cols[:, None], m)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -296,9 +296,9 @@ def dbias_kernel(
     for batch in range(batch0, batch0 + batches):
         start, length = locate(sequences, batch, N)
         history_end, contextual = counts(sequences, batch, length, contextual_seq_len)
-        m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len, family)
-        visited = (col0 < length) & in_spans(col_tile, key_spans(row0, ROWS, COLS, m))
-        whole = all_cells_live(row0, col0, ROWS, COLS, m)
+        m = Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len)
+        visited = (col0 < length) & in_spans(col_tile, key_spans(row0, ROWS, COLS, m, family))
+        whole = all_cells_live(row0, col0, ROWS, COLS, m, family)
         for head in range(head0, tl.where(visited, head0 + heads, head0)):
             at = (batch, start, head)
             q = load_rows(q_rows, at, rows, length)
@@ -309,7 +309,7 @@ def dbias_kernel(
             dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
             half = half_argument(scores, 0.5 * alpha, bias, at, rows[:, None], cols[None, :], m)
             _, grad = silu_and_grad(half, FAST)
-            ds = masked(grad * dp, whole, rows[:, None], cols[None, :], m)
+            ds = masked(grad * dp, whole, rows[:, None], cols[None, :], m, family)
             dbias += weighted(ds, False, mask, at, rows[:, None], cols[None, :], m)
     pointers = dbias_ptr + matrix.to(tl.int64) * N * N + (rows[:, None].to(tl.int64) * N + cols[None, :])
     inside = (rows[:, None] < N) & (cols[None, :] < N)

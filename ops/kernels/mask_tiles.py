@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 class Family(NamedTuple):
-    """Which clauses of the mask a kernel is compiled with."""
+    """Which clauses of the mask a kernel is compiled with (not in Mask: assigned to a name, constants turn dynamic)."""
 
     CAUSAL: tl.constexpr
     CONTEXT: tl.constexpr  # contextual rows
@@ -29,7 +29,6 @@ class Mask(NamedTuple):
     target_group_size: Any
     max_attn_len: Any
     min_full_attn_seq_len: Any
-    family: Family
 
 
 class Spans(NamedTuple):
@@ -44,62 +43,62 @@ class Spans(NamedTuple):
 
 
 @triton.jit
-def shift(m):
+def shift(m, family):
     """The contextual rows share position 0: so far are the others moved down."""
-    if m.family.CONTEXT:
+    if family.CONTEXT:
         return tl.maximum(m.contextual - 1, 0)
     else:
         return 0
 
 
 @triton.jit
-def position(i, m):
+def position(i, m, family):
     """Where row or column i stands in the order of the sequence."""
-    if m.family.CONTEXT:
-        return tl.maximum(i - shift(m), 0)
+    if family.CONTEXT:
+        return tl.maximum(i - shift(m, family), 0)
     else:
         return i
 
 
 @triton.jit
-def window_position(i, m):
+def window_position(i, m, family):
     """Where row or column i stands for the window."""
-    if m.family.SHARED:
-        return tl.minimum(position(i, m), position(m.history_end, m))
+    if family.SHARED:
+        return tl.minimum(position(i, m, family), position(m.history_end, m, family))
     else:
-        return position(i, m)
+        return position(i, m, family)
 
 
 @triton.jit
-def is_exempt(row_at, m):
+def is_exempt(row_at, m, family):
     """Whether a query at this window position sees beyond the window."""
-    return (m.min_full_attn_seq_len > 0) & (row_at >= position(m.history_end, m) - m.min_full_attn_seq_len)
+    return (m.min_full_attn_seq_len > 0) & (row_at >= position(m.history_end, m, family) - m.min_full_attn_seq_len)
 
 
 @triton.jit
-def live_cells(rows, cols, m):
+def live_cells(rows, cols, m, family):
     """True where query `rows` attends to key `cols`; the two broadcast against each other."""
-    row_position = position(rows, m)
-    col_position = position(cols, m)
-    if m.family.CAUSAL:
+    row_position = position(rows, m, family)
+    col_position = position(cols, m, family)
+    if family.CAUSAL:
         live = (rows == cols) | (row_position > col_position)
     else:
         live = (rows == cols) | (row_position != col_position)
-    if m.family.TARGETS:
+    if family.TARGETS:
         row_group = (rows - m.history_end) // m.target_group_size
         col_group = (cols - m.history_end) // m.target_group_size
         live = live & ((rows < m.history_end) | (cols < m.history_end) | (row_group == col_group))
-    if m.family.WINDOW:
-        row_at = window_position(rows, m)
-        col_at = window_position(cols, m)
-        live = live & ((tl.abs(row_at - col_at) <= m.max_attn_len) | is_exempt(row_at, m))
-    if m.family.CONTEXT:
+    if family.WINDOW:
+        row_at = window_position(rows, m, family)
+        col_at = window_position(cols, m, family)
+        live = live & ((tl.abs(row_at - col_at) <= m.max_attn_len) | is_exempt(row_at, m, family))
+    if family.CONTEXT:
         live = live | ((rows < m.contextual) & (cols < m.history_end))
     return live & (rows < m.length) & (cols < m.length)
 
 
 @triton.jit
-def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
+def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
     """Whether every cell of a tile lives; may say no where it does.
 
     Cells beyond the end of the sequence do not count: they are made of zeros, or never stored.
@@ -107,22 +106,22 @@ def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
     row1 = tl.minimum(row0 + ROWS, m.length) - 1
     col1 = tl.minimum(col0 + COLS, m.length) - 1
     whole = row0 >= 0
-    if m.family.CAUSAL:
-        whole = whole & (position(row0, m) > position(col1, m))
-    elif m.family.CONTEXT:
-        whole = whole & ((shift(m) == 0) | (row0 > shift(m)) | (col0 > shift(m)))
-    if m.family.TARGETS:
+    if family.CAUSAL:
+        whole = whole & (position(row0, m, family) > position(col1, m, family))
+    elif family.CONTEXT:
+        whole = whole & ((shift(m, family) == 0) | (row0 > shift(m, family)) | (col0 > shift(m, family)))
+    if family.TARGETS:
         whole = whole & ((row1 < m.history_end) | (col1 < m.history_end))
-    if m.family.WINDOW:
-        before = window_position(row1, m) - window_position(col0, m)
-        after = window_position(col1, m) - window_position(row0, m)
-        exempt = is_exempt(window_position(row0, m), m)
+    if family.WINDOW:
+        before = window_position(row1, m, family) - window_position(col0, m, family)
+        after = window_position(col1, m, family) - window_position(row0, m, family)
+        exempt = is_exempt(window_position(row0, m, family), m, family)
         whole = whole & ((tl.maximum(before, after) <= m.max_attn_len) | exempt)
     return whole
 
 
 @triton.jit
-def groups_around(first, last, m):
+def groups_around(first, last, m, family):
     """The targets [start, end) in the groups of targets first .. last; rows before the first target count as it."""
     start = m.history_end + tl.maximum(first - m.history_end, 0) // m.target_group_size * m.target_group_size
     groups_end = (tl.maximum(last - m.history_end, 0) // m.target_group_size + 1) * m.target_group_size
@@ -130,14 +129,14 @@ def groups_around(first, last, m):
 
 
 @triton.jit
-def window_bounds(first, last, m):
+def window_bounds(first, last, m, family):
     """Rows or columns [low, high) within the window of at least one of first .. last, exemption aside."""
-    low_position = window_position(first, m) - m.max_attn_len
-    low = tl.where(low_position <= 0, 0, low_position + shift(m))
-    high_position = window_position(last, m) + m.max_attn_len
-    high = tl.minimum(high_position + shift(m) + 1, m.length)
-    if m.family.SHARED:
-        high = tl.where(high_position >= position(m.history_end, m), m.length, high)
+    low_position = window_position(first, m, family) - m.max_attn_len
+    low = tl.where(low_position <= 0, 0, low_position + shift(m, family))
+    high_position = window_position(last, m, family) + m.max_attn_len
+    high = tl.minimum(high_position + shift(m, family) + 1, m.length)
+    if family.SHARED:
+        high = tl.where(high_position >= position(m.history_end, m, family), m.length, high)
     return low, high
 
 
@@ -154,28 +153,28 @@ def spans_of(low0, high0, low1, high1, low2, high2, TILE: tl.constexpr):
 
 
 @triton.jit
-def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
+def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
     """Column tiles that hold every key to which rows row0 .. row0 + ROWS - 1 attend; none if row0 is unused."""
     row1 = tl.minimum(row0 + ROWS, m.length) - 1  # the last row
     low = 0
     high = m.length
-    if m.family.CAUSAL:
+    if family.CAUSAL:
         high = row1 + 1
-    if m.family.WINDOW:
-        low, window_high = window_bounds(row0, row1, m)
-        exempt = is_exempt(window_position(row1, m), m)
+    if family.WINDOW:
+        low, window_high = window_bounds(row0, row1, m, family)
+        exempt = is_exempt(window_position(row1, m, family), m, family)
         low = tl.where(exempt, 0, low)
         high = tl.where(exempt, high, tl.minimum(high, window_high))
     group_low = 0
     group_high = 0
-    if m.family.TARGETS:
-        group_low, group_high = groups_around(row0, row1, m)
+    if family.TARGETS:
+        group_low, group_high = groups_around(row0, row1, m, family)
         group_high = tl.where(row1 >= m.history_end, tl.minimum(group_high, high), 0)
-        if m.family.CAUSAL:
+        if family.CAUSAL:
             high = tl.minimum(high, m.history_end)
         else:
             high = tl.where(row0 >= m.history_end, tl.minimum(high, m.history_end), high)
-    if m.family.CONTEXT:
+    if family.CONTEXT:
         contextual = row0 < m.contextual
         low = tl.where(contextual, 0, low)
         high = tl.where(contextual, tl.maximum(high, m.history_end), high)
@@ -184,28 +183,28 @@ def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
 
 
 @triton.jit
-def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
+def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
     """Row tiles that hold every query which attends to keys col0 .. col0 + COLS - 1; none if col0 is unused."""
     col1 = tl.minimum(col0 + COLS, m.length) - 1  # the last column
     low = 0
     high = m.length
-    if m.family.CAUSAL:
+    if family.CAUSAL:
         low = col0
     exempt_low = 0  # rows from here on are exempt from the window
     exempt_high = 0
-    if m.family.WINDOW:
-        window_low, window_high = window_bounds(col0, col1, m)
-        exempt_position = position(m.history_end, m) - m.min_full_attn_seq_len
-        exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + shift(m))
+    if family.WINDOW:
+        window_low, window_high = window_bounds(col0, col1, m, family)
+        exempt_position = position(m.history_end, m, family) - m.min_full_attn_seq_len
+        exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + shift(m, family))
         exempt_low = tl.maximum(exempt_low, low)
         exempt_high = tl.where(m.min_full_attn_seq_len > 0, high, 0)
         low = tl.maximum(low, window_low)
         high = tl.minimum(high, window_high)
-    if m.family.TARGETS:
+    if family.TARGETS:
         # Keys that are all targets: history (if it looks ahead), then their own groups.
-        group_low, group_high = groups_around(col0, col1, m)
+        group_low, group_high = groups_around(col0, col1, m, family)
         only_targets = col0 >= m.history_end
-        if m.family.CAUSAL:
+        if family.CAUSAL:
             low = tl.where(only_targets, tl.maximum(low, group_low), low)
             high = tl.where(only_targets, tl.minimum(high, group_high), high)
             exempt_high = tl.where(only_targets, tl.minimum(exempt_high, group_high), exempt_high)
@@ -217,7 +216,7 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m):
             exempt_low = tl.where(only_targets, group_low, exempt_low)
             exempt_high = tl.where(only_targets, group_high, exempt_high)
     contextual_high = 0
-    if m.family.CONTEXT:
+    if family.CONTEXT:
         contextual_high = tl.where(col0 < m.history_end, m.contextual, 0)
     used = col0 < m.length
     return spans_of(

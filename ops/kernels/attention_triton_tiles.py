@@ -1,0 +1,55 @@
+"""Tile sizes of the portable attention kernels: a table by the GPU's shared memory and the head dimensions, no tuning."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one tile of scores, and how Triton compiles a kernel that walks such tiles."""
+
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    dq: Tile
+    dk_dv: Tile
+    dbias: Tile
+
+
+# The largest that fit without spilling registers, from compiling for each target (tests/compile_only.py).
+# Shared memory a program may use, bytes -> largest head dimension -> tiles.
+HALF = {
+    227 << 10: {  # sm_90, sm_100
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+    },
+    163 << 10: {  # sm_80
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    },
+    0: {  # sm_86, sm_89, sm_120: 99 KB
+        64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+}
+FLOAT = {  # fp32 products run outside the tensor cores, from registers
+    0: {
+        128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    },
+}
+
+
+def tiles_for(dtype: torch.dtype, head_dim: int, shared_memory: int) -> Tiles:
+    """head_dim: the larger of attn_dim and hidden_dim, at most 256; shared_memory: bytes a program may use."""
+    by_memory = FLOAT if dtype == torch.float32 else HALF
+    by_dim = by_memory[max(memory for memory in by_memory if memory <= shared_memory)]
+    return by_dim[min(dim for dim in by_dim if dim >= head_dim)]
