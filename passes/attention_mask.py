@@ -1,7 +1,7 @@
 """Which member of the mask family a captured mask is, decided by what it evaluates to, not by how it is written.
 
-The mask's expression is read at many rows and columns of many batches, lengths and counts of which are ours to choose. The edges
-seen there suggest the parameters, and the family's own formula with these must agree with every cell.
+The mask's expression is read at many rows and columns of many batches, whose lengths and counts are ours to choose. The
+edges seen there suggest the parameters, and the family's own formula with these must agree with every cell.
 """
 
 import itertools
@@ -24,6 +24,7 @@ __all__ = ["MaskMeaning", "MaskTerm", "Opaque", "Scalar", "identify", "silu_of_f
 
 Symbols = dict[sympy.Symbol, int]
 Roles = dict[fx.Node, str]  # which count an input is: "lengths", "offsets", "targets", "contextual"
+ROLES = ("targets", "contextual", "lengths")
 LARGEST_TABLE = 2048  # the longest mask from a constant tensor that is compared cell by cell
 
 
@@ -174,16 +175,20 @@ def _identify(question: _Question) -> MaskMeaning | Opaque:
         return Opaque(f"it reads {len(free)} counts: {', '.join(leaf.name for leaf in free)}")
     graph = question.terms[0].node.graph
     sizes = assignments(graph, expression, question.batch_size, question.max_seq_len, [question.num_heads])
-    reason, closest = "", -1
-    for places in itertools.product(*map(expression.cuts, free)):
-        for names in itertools.permutations(["targets", "contextual", "lengths"], len(free)):
+    closest = None
+    # A jagged region's lengths are known from its offsets: other lengths come last there, first in a dense one.
+    jagged = question.seq_offsets is not None
+    for names in sorted(itertools.permutations(ROLES, len(free)), key=lambda names: ("lengths" in names) == jagged):
+        for places in itertools.product(*map(expression.cuts, free)):
             trial = roles | dict(zip(places, names, strict=True))
             found = _search(question, sizes, trial)
             if isinstance(found, _Parameters):
                 return _meaning(question, trial, roles, found)
-            if found[1] > closest:
-                reason, closest = found
-    return Opaque(_only_columns(question, sizes, roles, free) or reason)
+            if closest is None or found.cells > closest.cells:
+                closest = found
+    assert closest is not None
+    mismatch = _only_columns(question, sizes, roles, free) or closest.mismatch(question, sizes)
+    return Opaque(mismatch)
 
 
 def _offsets_role(question: _Question) -> Roles:
@@ -218,24 +223,32 @@ def _meaning(question: _Question, trial: Roles, given: Roles, found: _Parameters
     )
 
 
-def _search(question: _Question, sizes: list[Symbols], roles: Roles) -> _Parameters | tuple[str, int]:
-    """The parameters that fit with inputs in these roles; else the first cell that doesn't, and how many did before it."""
+@dataclass(frozen=True)
+class _Near:
+    """The parameters that agreed with the most cells."""
+
+    parameters: _Parameters
+    roles: Roles
+    cells: int
+
+    def mismatch(self, question: _Question, sizes: list[Symbols]) -> str:
+        cell = next(
+            filter(None, (_mismatch(question, s, self.roles, self.parameters) for s in sizes)), "not everywhere"
+        )
+        return f"it is none of the family: closest is {MaskMeaning(**vars(self.parameters)).words}, but {cell}"
+
+
+def _search(question: _Question, sizes: list[Symbols], roles: Roles) -> _Parameters | _Near:
+    """The parameters that fit with inputs in these roles, or those that come near."""
     suggested = _edges(question, sizes[0], roles)
     samples = question.samples(sizes[0], roles)
     observed = question.observe(sizes[0], roles, samples)
-    fitting, cells = _fitting(question, sizes[0], samples, observed, suggested)
-    reason = ""
-    for parameters in itertools.islice(fitting, 8):
+    alike, cells, all_agree = _fitting(question, samples, observed, suggested)
+    for parameters in alike[:8] if all_agree else ():
         for candidate in _with_nodes(question, sizes[0], parameters):
-            mismatch = next(filter(None, (_mismatch(question, symbols, roles, candidate) for symbols in sizes)), None)
-            if mismatch is None:
+            if not any(_mismatch(question, symbols, roles, candidate) for symbols in sizes):
                 return candidate
-            reason = reason or f"it is none of the family: closest is {_words(candidate)}, but {mismatch}"
-    return reason, cells
-
-
-def _words(parameters: _Parameters) -> str:
-    return MaskMeaning(**vars(parameters)).words
+    return _Near(alike[0], roles, cells)
 
 
 def _edges(question: _Question, symbols: Symbols, roles: Roles) -> dict[str, list[int]]:
@@ -255,7 +268,11 @@ def _edges(question: _Question, symbols: Symbols, roles: Roles) -> dict[str, lis
 
     alone, everything = (n, 0, 0), range(n)
     contextual = {place for _, place in changes(alone, everything, [n - 1], along=0)}
-    edges: dict[str, set[int]] = {"contextual_seq_len": contextual if "contextual" not in roles.values() else set()}
+    # Without a window, contextual rows of a full mask can't be told from others; then it is one of the numbers.
+    numbers = {k for k in question.expression.numbers() if k < n // 4}
+    edges: dict[str, set[int]] = {
+        "contextual_seq_len": contextual | numbers if "contextual" not in roles.values() else set()
+    }
     starts = {0, n // 4, *contextual}
     columns = list(changes(alone, everything, starts, along=0))
     rows = list(changes(alone, [n // 3, n // 2, n - 1], everything, along=1))
@@ -270,10 +287,10 @@ def _edges(question: _Question, symbols: Symbols, roles: Roles) -> dict[str, lis
 
 
 def _fitting(
-    question: _Question, symbols: Symbols, samples: Samples, observed: _Observed, suggested: dict[str, list[int]]
-) -> tuple[list[_Parameters], int]:
-    """Of all combinations of suggested values those that agree with the observed cells, the simplest first; if none
-    does, those that agreed the longest. And the number of cells they agree with."""
+    question: _Question, samples: Samples, observed: _Observed, suggested: dict[str, list[int]]
+) -> tuple[list[_Parameters], int, bool]:
+    """The combinations of suggested values that agree with the observed cells, the simplest first; if none does, those
+    that agreed the longest. With the number of cells they agree with, and whether these were all."""
     options = [
         torch.tensor([0, *suggested[name]]) for name in ("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len")
     ]
@@ -332,9 +349,8 @@ def _fitting(
         for causal, share, numbers in alternatives
         for row in numbers[:8].tolist()
     ]
-    return sorted(
-        found, key=lambda p: (p.contextual_seq_len > 0) + (p.max_attn_len > 0) + (p.target_group_size > 1)
-    ), agreed
+    found.sort(key=lambda p: (p.contextual_seq_len > 0) + (p.max_attn_len > 0) + (p.target_group_size > 1))
+    return found, agreed, agreed == len(live)
 
 
 def _growing(total: int) -> list[int]:

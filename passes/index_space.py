@@ -1,8 +1,8 @@
 """Evaluate a captured tensor at chosen coordinates, without making the tensor.
 
-A mask, a position or a normaliser is a pure function of index vectors, lengths, counts and constants. Here a node's value is
-a function of its coordinates: views move the coordinates, pointwise ops run on what they find there. So an [B, N, N]
-mask can be read at a few thousand places, for lengths and sizes of the reader's choice.
+A mask, a position or a normaliser is a pure function of index vectors, lengths, counts and constants. Here a node's
+value is a function of its coordinates: views move the coordinates, pointwise ops run on what they find there. So a
+[B, N, N] mask can be read at a few thousand places, for lengths and sizes of the reader's choice.
 """
 
 import math
@@ -214,7 +214,7 @@ def _constant(node: fx.Node) -> Tensor:
 
 
 def _refuse_if_written(node: fx.Node) -> None:
-    """An in-place op changes what later readers of a tensor (or of a view of it) see: this interpreter can't tell when."""
+    """An in-place op changes what later readers of a tensor, or of a view of it, see: when, can't be told here."""
     for user in node.users:
         if not isinstance(user.target, torch._ops.OpOverload) or op_name(user) == "detach_":
             continue

@@ -1,7 +1,7 @@
 """What each ATen op does to coordinates: the table behind `IndexSpace`, one handler an op (all its overloads).
 
-A view handler maps the coordinates of the result to coordinates of its `self`; a value handler computes the result at the
-coordinates. Pointwise ops need no handler: torch's own op runs on the sampled values.
+A view handler maps the coordinates of the result to coordinates of its `self`; a value handler computes the result at
+the coordinates. Pointwise ops need no handler: torch's own op runs on the sampled values.
 """
 
 import math
@@ -321,7 +321,11 @@ def _contract(space: "IndexSpace", operands: Sequence[fx.Node], equation: str, c
         raise ValueError(f"einsum {equation}")
     terms = inputs.split(",")
     if summed:
-        sizes = {c: s for names, node in zip(terms, operands, strict=True) for c, s in zip(names, space.shape(node))}
+        sizes = {
+            c: s
+            for names, node in zip(terms, operands, strict=True)
+            for c, s in zip(names, space.shape(node), strict=True)
+        }
         at[summed[0]] = space.new_axis(sizes[summed[0]], coords)
     product = torch.ones((), dtype=torch.int64)
     for names, node in zip(terms, operands, strict=True):

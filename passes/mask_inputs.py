@@ -1,4 +1,4 @@
-"""What a mask's expression reads: the per-sequence counts it depends on, the numbers in it, and sizes to try it with."""
+"""What a mask's expression reads: counts of tokens a sequence, numbers, sizes; and which sizes to try it with."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ class Expression:
     """The part of the graph that computes some masks.
 
     leaves: the inputs: integer tensors of one number a sequence ([B], or the [B + 1] offsets, unit dimensions aside).
-        An input is looked for as deep as the graph is understood; counts that it doesn't understand are taken as inputs.
+        An input is looked for as deep as the graph is understood; a count whose origin isn't is taken as an input.
     nodes: everything between them and the masks, sizes included.
     Raises NotUnderstood when something else is read.
     """

