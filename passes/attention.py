@@ -33,6 +33,7 @@ from hstu_compile.passes.graph import (
     shape,
     value,
 )
+from hstu_compile.passes.jagged import read_offsets_at_their_source
 from hstu_compile.passes.products import Labels, Product, as_product
 from hstu_compile.passes.report import Region, Report, source_line
 
@@ -44,6 +45,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every HSTU attention of the graph in place; returns how many."""
     fused = 0
     gone: set[fx.Node] = set()
+    read_offsets_at_their_source(gm.graph)
     for node in list(gm.graph.nodes):
         second = None if node in gone else as_product(node)
         if second is None:
@@ -154,8 +156,6 @@ def _replace(layout: Layout, out: fx.Node) -> set[fx.Node]:
     for node, dims in region.scores.dims_of.items():
         dead += _detach_sizes(axes, node, axes.resolve(dims))
     old.replace_all_uses_with(new)
-    for node in old.all_input_nodes:  # what else came out of dense_to_jagged, and is not read
-        dead += [part for user in node.users for part in (user, *user.users)]
     return erase_dead(dead)
 
 

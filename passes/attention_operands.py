@@ -50,6 +50,7 @@ def trace(axes: Axes, node: fx.Node, dims: Dims, *, constants: bool = False) -> 
             if earlier is None:
                 return Operand(node, dims, factor)
             node, dims = node.all_input_nodes[0], earlier
+            axes.locate(node, dims)
         else:
             return Operand(node, dims, factor)
 

@@ -148,6 +148,7 @@ class Axes:
             node, dim = axis.source
             return insert_call(before.graph, before, aten.sym_size.int, (node, dim), like=before)
         assert axis.parent is not None and axis.sibling is not None
+        assert isinstance(axis.sibling.size, int) or axis.sibling.source is not None, "a size that can't be read"
         sizes = self.size(axis.parent, before), self.size(axis.sibling, before)
         return insert_call(before.graph, before, operator.floordiv, sizes, like=before)
 

@@ -50,18 +50,31 @@ def as_padded(node: fx.Node) -> Padded | None:
 
 
 def as_unpadded(node: fx.Node) -> Unpadded | None:
-    """The call that makes a padded tensor jagged; None too where its list of offsets is used again."""
+    """The call that makes a padded tensor jagged."""
     if _name(node) not in _UNPAD:
         return None
     dense, offsets, total = (argument(node, i, name) for i, name in enumerate(("dense", "x_offsets", "total_L")))
     result = node
     if not _name(node).endswith("_forward"):
-        parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-        if 0 not in parts or any(_is_read(user) for index, user in parts.items() if index != 0):
+        values = _parts(node, 0)
+        if len(values) != 1 or _parts(node, 1):
             return None
-        result = parts[0]
+        (result,) = values
     return Unpadded(node, result, dense, offsets[0], total) if len(offsets) == 1 else None
 
 
-def _is_read(node: fx.Node) -> bool:
-    return any(user.target is not operator.getitem or _is_read(user) for user in node.users)
+def read_offsets_at_their_source(graph: fx.Graph) -> None:
+    """dense_to_jagged returns the offsets that it was given: the next layer, which reads them there, reads its input."""
+    for node in list(graph.nodes):
+        if _name(node) in _UNPAD:
+            for offsets in _parts(node, 1):
+                for part in list(offsets.users):
+                    if part.target is operator.getitem:
+                        part.replace_all_uses_with(argument(node, 1, "x_offsets")[part.args[1]])
+                        graph.erase_node(part)
+                if not offsets.users:
+                    graph.erase_node(offsets)
+
+
+def _parts(node: fx.Node, index: int) -> list[fx.Node]:
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] == index]

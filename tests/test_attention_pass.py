@@ -95,8 +95,8 @@ def test_models_are_fused_and_keep_their_numbers(name: str) -> None:
     assert len(rewriter.calls(ATTENTION)) == expected
     products = [n for gm in rewriter.graphs for n in gm.graph.nodes if (p := as_product(n)) and len(p.out_labels) > 2]
     assert not products, "an old product is still there"
-    for words in (*case.says, case.layout):
-        assert words in rewriter.said()
+    assert all(words in rewriter.said() for words in case.says), rewriter.said()
+    assert all(f"; {case.layout};" in region.what for region in rewriter.report.fused()), rewriter.said()
     assert all("tests/models" in region.source for region in rewriter.report.fused())
     assert all(attention.run(gm, Report()) == 0 for gm in rewriter.graphs), "the second application found something"
 
