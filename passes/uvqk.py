@@ -4,12 +4,13 @@ Nothing is rewritten: cuBLAS runs the projection at the chip's rate, and Inducto
 get `meta["hstu_compile_role"]`, by which `passes/recompute.py` finds them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from hstu_compile.passes.activation import as_activation
-from hstu_compile.passes.graph import COPIES, SIZE_OF, aten, is_call, is_cast, is_tensor, shape, value
+from hstu_compile.passes.graph import COPIES, SIZE_OF, aten, is_call, is_cast, is_tensor, same, shape, value
 from hstu_compile.passes.norm import RESHAPES, Norm, as_norm
 from hstu_compile.passes.report import Region, Report, source_line
 
@@ -30,6 +31,10 @@ MOVES = {  # the same numbers elsewhere
     aten.squeeze.dim,
     aten.t.default,
     aten.numpy_T.default,
+    aten.mT.default,
+    aten.movedim.int,
+    aten.swapaxes.default,
+    aten.swapdims.default,
     aten.index.Tensor,
     aten.index_select.default,
 }
@@ -109,8 +114,11 @@ def _follow(projection: fx.Node) -> Flow:
 
 
 def _moves(user: fx.Node, node: fx.Node) -> bool:
-    """Whether the call only moves or casts the numbers of `node`, its main input."""
+    """Whether the call only moves, casts or scales the numbers of `node`, its main input."""
     jagged = getattr(user.target, "namespace", None) == "fbgemm" or is_call(node, *_fbgemm_lists(node))
+    if is_call(user, aten.mul.Tensor, aten.div.Tensor):  # a scale: one number, or one a row
+        others = [n for n in user.all_input_nodes if n is not node]
+        return all(not shape(n) or same(shape(n)[-1], 1) for n in others)
     return (is_call(user, *MOVES, *SPLITS) or is_cast(user) or jagged) and user.all_input_nodes[0] is node
 
 
@@ -140,40 +148,26 @@ def _role(node: fx.Node, user: fx.Node) -> str | None:
 
 def _leads_to_silu(product: fx.Node) -> bool:
     """Scores: pointwise calls and views lead from the product to a silu, without another product."""
-    todo, seen = [product], set()
+    return any(as_activation(node) for node in _around(product, lambda node: list(node.users)))
+
+
+def _comes_from_silu(weights: fx.Node) -> bool:
+    """Attention weights: pointwise calls and views lead back to the silu of a product of two slices."""
+    before = _around(weights, lambda node: node.all_input_nodes)
+    return any(as_activation(node) for node in before) and any(is_call(node, *PRODUCTS) for node in before)
+
+
+def _around(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+    """What is reached through tensors with the elements of `start`, products ending the search."""
+    todo, seen = [start], {start}
     while todo:
         node = todo.pop()
-        for user in node.users:
-            if as_activation(user) is not None:
-                return True
-            if user not in seen and is_tensor(user) and not is_call(user, *PRODUCTS, *PROJECTIONS):
-                seen.add(user)
-                todo += [user] if value(user).numel() == value(product).numel() else []
-    return False
-
-
-def _comes_from_silu(node: fx.Node) -> bool:
-    """Attention weights: a silu of a product of two slices."""
-    for _ in range(32):
-        activation = as_activation(node)
-        if activation is not None:
-            return any(_comes_from_product(n) for n in node.all_input_nodes)
-        inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-        if not inputs or is_call(node, *PRODUCTS, *PROJECTIONS):
-            return False
-        node = inputs[0]
-    return False
-
-
-def _comes_from_product(node: fx.Node) -> bool:
-    for _ in range(32):
-        if is_call(node, *PRODUCTS) and len(shape(node)) > 2:
-            return True
-        inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-        if not inputs:
-            return False
-        node = inputs[0]
-    return False
+        if node is not start and is_call(node, *PRODUCTS, *PROJECTIONS):
+            continue
+        near = {n for n in neighbours(node) if is_tensor(n) and same(value(n).numel(), value(start).numel())} - seen
+        seen |= near
+        todo += near
+    return seen
 
 
 def _tag(norm: Norm | None, flows: dict[fx.Node, Flow]) -> None:

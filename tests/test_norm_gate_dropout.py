@@ -6,11 +6,11 @@ The kernel is tested here on a GPU, or in the Triton interpreter (`test_kernel_i
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from error_budget import BACKWARD, FORWARD, assert_within_budget
 from torch import Tensor
 
 from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
@@ -20,6 +20,7 @@ from hstu_compile.ops.norm_gate_dropout_reference import (
     norm_gate_dropout_reference,
     random_bits,
 )
+from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -277,6 +278,31 @@ def test_kernel_dropout(variant):
 def test_kernel_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_kernel"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("groups, width", [(1, 1024), (4, 256), (1, 4096)])
+def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width):
+    pytest.importorskip("triton")
+    from hstu_compile.ops.kernels import norm_gate_dropout as module
+    from tests.compile_only import resources, target
+
+    options = all_options({"num_groups": groups, "concat_u": True, "concat_x": True}, torch.bfloat16, 0.2)
+    T = 1 << 17
+    a = torch.empty(T, groups * width, dtype=torch.bfloat16, device="meta")
+    u = torch.empty(T, 4 * groups * width, dtype=torch.bfloat16, device="meta")[:, : groups * width]
+    weight, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    _, scalars, constants = module.kernel_arguments(a, u, weight, weight, seed, **options)
+    x, f = torch.bfloat16, torch.float32
+    with target(90):
+        forward = module.forward_kernel.warmup(x, x, f, f, torch.int64, x, *scalars, **constants, grid=(1,))
+        backward = module.backward_kernel.warmup(x, x, x, f, f, torch.int64, x, x, f, *scalars, **constants, grid=(1,))
+    for compiled in (forward, backward):
+        assert resources(compiled).spilled == 0
+        wide = compiled.asm["ptx"].count("ld.global.v4.b32"), compiled.asm["ptx"].count("st.global.v4.b32")
+        assert all(wide) and "ld.global.b16" not in compiled.asm["ptx"] and "st.global.b16" not in compiled.asm["ptx"]

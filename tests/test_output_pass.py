@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-from error_budget import BACKWARD, FORWARD, assert_within_budget
 from torch import Tensor, nn
-from tracing import traced, traced_module
 
 import hstu_compile.ops.hstu_attention  # noqa: F401
 from hstu_compile.ops.norm_gate_dropout_reference import keep_scale
 from hstu_compile.passes import output
 from hstu_compile.passes.report import Report
+from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
+from tests.tracing import traced, traced_module
 
 T, H, D, E = 19, 2, 16, 24
 W = H * D

@@ -194,7 +194,7 @@ def _affine_strides(t: Tensor | None, groups: int, width: int) -> tuple[int, int
     return t.expand(groups, width).stride()  # type: ignore[return-value]
 
 
-def _arguments(
+def kernel_arguments(
     a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
     norm_eps: float, num_groups: int, rms: bool, activation: str, concat_u: bool, concat_x: bool, concat_norm: bool,
     dropout_ratio: float, out_dtype: torch.dtype,
@@ -223,7 +223,7 @@ def forward(
     a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, **named
 ):
     """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`."""
-    tensors, scalars, constants = _arguments(a, u, weight, bias, seed, **named)
+    tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
     grid = triton.cdiv(a.shape[0], constants["ROWS"]) * constants["GROUPS"]
     if grid:
         with torch.cuda.device_of(a):
@@ -234,7 +234,7 @@ def backward(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, **named
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """da, du, dweight, dbias."""
-    tensors, scalars, constants = _arguments(a, u, weight, bias, seed, **named)
+    tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
     groups, rows = constants["GROUPS"], constants["ROWS"]
     da, du = a.new_empty(a.shape), u.new_empty(u.shape)
     programs = min(triton.cdiv(a.shape[0], rows), triton.cdiv(PROGRAMS_PER_SM * _multiprocessors(a), groups))
