@@ -35,8 +35,9 @@ class NotCaptured(Exception):
     """The graph has to stay as it is; the message says why."""
 
 
-def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
-    return list(gm.graph.find_nodes(op="placeholder"))
+def placeholders(gm: torch.nn.Module) -> list[fx.Node]:
+    graph: Any = gm.graph
+    return list(graph.find_nodes(op="placeholder"))
 
 
 def capture(gm: fx.GraphModule) -> fx.GraphModule:
@@ -155,7 +156,7 @@ def graft(captured: fx.GraphModule, gm: fx.GraphModule) -> None:
     """
     for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
         new.meta.update(old.meta)
-        new._dynamo_source = old._dynamo_source
+        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     for node in captured.graph.find_nodes(op="get_attr"):
         setattr(gm, node.target, getattr(captured, node.target))
     gm.graph = captured.graph

@@ -1,5 +1,6 @@
 """The backend: capture, passes, graft, and on to Inductor. What cannot be rewritten is compiled as Inductor would."""
 
+import functools
 import logging
 import sys
 import warnings
@@ -46,14 +47,16 @@ def backend(
     inductor.update(kwargs.get("config_patches") or {})  # what Dynamo's own debug override passes
     captured, report = rewrite(gm, chosen)
     _judge(gm, report, chosen)
-    pair: Any = None
+    verified: Callable[[Callable], Callable] | None = None
     if captured is not None:
-        # Copies of both graphs: from the graft on, this one belongs to Inductor.
-        pair = (capture(gm), rewrite(gm, chosen)[0]) if chosen.verify else None
+        if chosen.verify:  # graphs of its own: from the graft on, this one belongs to Inductor
+            again, _ = _rewrite(gm, chosen)
+            assert again is not None
+            verified = functools.partial(verified_once, capture(gm), again)
         graft(captured, gm)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
-    if pair is not None:
-        compiled = verified_once(*pair, compiled)
+    if verified:
+        compiled = verified(compiled)
     return validation.values_checked()(compiled) if chosen.debug_checks else compiled
 
 

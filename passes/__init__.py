@@ -6,15 +6,16 @@ if __name__ != "hstu_compile.passes":
 import importlib
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import fx
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
 from hstu_compile.passes.report import Report
 
 NAMES = ("attention", "uvqk", "output", "table_lookup")
 
 # Calls whose body is an ordinary part of the model: it is captured and rewritten like the graph around it.
-CALLS_OF_SUBGRAPHS = (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph)
+CALLS_OF_SUBGRAPHS = (tag_activation_checkpoint, invoke_subgraph)
 
 
 def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> int:

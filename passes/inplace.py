@@ -44,11 +44,13 @@ def _replace(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
 
 
 def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
-    """aten.add.Tensor for aten.add_.Tensor: a function of the same arguments that writes nothing."""
+    """aten.add.Tensor for aten.add_.Tensor, aten.__and__ for aten.__iand__: the same arguments, nothing written."""
     op = node.target
     if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and op._schema.name.endswith("_")):
         return None
-    packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    name = op._schema.name.removeprefix("aten::")
+    name = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
+    packet = getattr(torch.ops.aten, name, None)
     twin = getattr(packet, op._overloadname, None)
     if twin is None or twin._schema.is_mutable:
         return None

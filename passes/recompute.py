@@ -10,19 +10,16 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hstu_compile.passes import parts
-from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.report import Report, source_line
 
 ROLES = ("input_layernorm", "uvqk_projection", "input_silu")
 
 
-def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> int:
-    """Tag the nodes of these roles; returns how many."""
-    tagged = 0
+def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> None:
+    """Tag the nodes of these roles, and report them."""
     for part in parts(gm):
         for node in part.graph.nodes:
             role = node.meta.get("hstu_compile_role")
             if role in roles:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                report.add(Region("recompute", f"{role}: computed again in the backward", source_line(node)))
-                tagged += 1
-    return tagged
+                report.recomputed.append(f"{role}\n    at {source_line(node)}")

@@ -235,6 +235,22 @@ def test_graph_without_tensor_input(inductor: Compiled) -> None:
     assert torch.equal(compiled(f)(3), f(3))
 
 
+@pytest.mark.parametrize("disable", [(), "attention"])
+def test_sizes_that_depend_on_data(disable: Any, inductor: Compiled) -> None:
+    """A size read from a tensor, with the rewritten graph and with the untouched one."""
+
+    def f(x: Tensor, lengths: Tensor) -> Tensor:
+        rows = torch.arange(lengths.max().item(), device=x.device)
+        return F.silu(x).sum() * (rows < lengths[:, None])
+
+    x = torch.randn(4)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        run = compiled(f, disable=disable)
+        for lengths in ([3, 1], [2, 5], [1, 7, 2]):
+            torch.testing.assert_close(run(x, torch.tensor(lengths)), f(x, torch.tensor(lengths)))
+    assert len(inductor.graphs) <= 2
+
+
 def test_strict_and_expect() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(Exception, match="nothing was fused"):
@@ -357,6 +373,39 @@ def test_recompute_reaches_the_partitioner(
     saved = {tuple(n.meta["val"].shape) for n in forward.graph.output_node().args[0] if isinstance(n, fx.Node)}
     assert ((6, 32) in saved) == ("uvqk_projection" not in recompute)  # z = linear(norm(x)) or what silu makes of it
     assert bool(tags) == bool(recompute)
+
+
+class Attention(Layer):
+    """What the real attention pass recognises: dense [B, N, E], two heads, causal."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        b, n, width = x.shape
+        u, v, q, k = F.silu(self.uvqk(self.norm(x))).chunk(4, dim=-1)
+        q, k, v = (t.view(b, n, 2, width // 2) for t in (q, k, v))
+        p = F.silu(torch.einsum("bnhd,bmhd->bhnm", q, k)) / n
+        p = p * torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        a = torch.einsum("bhnm,bmhd->bnhd", p, v).reshape(b, n, width)
+        return x + self.out(F.dropout(a * u, self.dropout, self.training))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_real_passes_together(autocast: bool, inductor: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, one of them checkpointed, all passes, verified against the captured graph; sizes change."""
+    monkeypatch.delitem(sys.modules, "hstu_compile.passes.attention")
+    first, second = Attention(dropout=0.5), Attention()
+
+    def f(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return second(checkpoint(first, x, use_reentrant=False))
+
+    options = {"strict": True, "expect": 2, "verify": "first", "recompute_uvqk": True}
+    run = torch.compile(f, backend=hstu_compile.backend, options=options, dynamic=None)
+    for shape in ((2, 5, 8), (3, 7, 8), (4, 9, 8)):
+        x = torch.randn(shape, requires_grad=True)
+        run(x).sum().backward()
+        assert x.grad is not None and x.grad.isfinite().all()
+    assert len(inductor.graphs) <= 2
+    assert all(torch.ops.hstu_compile.hstu_attention.default in targets for targets in inductor.targets)
 
 
 REAL = """

@@ -253,6 +253,14 @@ def write_view_alone(x: Tensor, m: Tensor) -> Tensor:
     return (x + 1).view(-1).mul_(2)
 
 
+def write_bool(x: Tensor, m: Tensor) -> Tensor:
+    y = x > 0
+    y &= m
+    y |= x > 1
+    y.logical_not_()
+    return x * y
+
+
 def write_input(x: Tensor, m: Tensor) -> Tensor:
     x.mul_(2)
     return x + 1
@@ -294,6 +302,7 @@ def layout_would_change(x: Tensor, m: Tensor) -> Tensor:
     [
         (write_fresh, 0),
         (write_view_alone, 0),
+        (write_bool, 0),
         (write_input, 1),
         (write_view_of_input, 1),
         (base_read_later, 1),
