@@ -40,7 +40,7 @@ def make_model(args: argparse.Namespace, dropout_ratio: float) -> HSTUStack:
 def show_report(args: argparse.Namespace, model: nn.Module) -> None:
     x, _ = inputs(args, args.batch, args.seq_len[0], DTYPES[args.dtype])
     print("What is fused, and what is not\n")
-    print(hstu_compile.explain(model, x, full_lengths(args, args.seq_len[0])), "\n")
+    print(hstu_compile.explain(model, x, full_lengths(args, args.seq_len[0])), end="\n\n")
 
 
 def full_lengths(args: argparse.Namespace, seq_len: int) -> Tensor:
@@ -67,7 +67,7 @@ def show_errors(args: argparse.Namespace, model: nn.Module) -> bool:
         f"Error against float64 beside the budget (2x what eager {args.dtype} loses in the output, 5x in a gradient);"
         f"\nbatch {batch}, lengths {seq_len // 2} to {seq_len}, dropout off\n"
     )
-    print(table(["value", "max error", "budget", ""], rows), "\n")
+    print(table(["value", "max error", "budget", ""], rows), end="\n\n")
     return fits
 
 
@@ -92,6 +92,8 @@ def show_speed(args: argparse.Namespace, model: nn.Module, device: torch.device)
             rows.append([str(seq_len), name, f"{times[name]:.2f}", f"{speed_up:.2f}x", f"{peak_mib(run, device):.0f}"])
     print("One training step (forward and backward), full-length sequences, dropout 0.2\n")
     print(table(["N", "implementation", "ms (median)", "against native", "peak MiB"], rows))
+    if device.type != "cuda":
+        print("\nWithout a GPU the ops run as plain PyTorch; these times say nothing about a GPU.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,12 @@
 """Time, peak memory and error of one step."""
 
+import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -63,7 +65,7 @@ def peak_mib(step: Callable[[], None], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with _quiet_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -75,6 +77,19 @@ def peak_mib(step: Callable[[], None], device: torch.device) -> float:
         held += change
         most = max(most, held)
     return most / 2**20
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ code logs its start and stop to file descriptor 2, whatever its log level."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def results(model: Callable, named: dict[str, nn.Parameter], x: Tensor, lengths: Tensor, dout: Tensor) -> dict:
