@@ -251,10 +251,24 @@ def _check_region(gate: Gate) -> None:
     operands = {value(gate.x).dtype, value(gate.u).dtype}
     if torch.float64 not in operands and any(value(n).dtype == torch.float64 for n in inside if is_tensor(n)):
         raise Misfit("computed in float64 from operands that are not")
-    order = list(gate.product.graph.nodes)
-    first, last = min(map(order.index, inside)), order.index(gate.end)
-    if any(n.target is torch._C._set_grad_enabled for n in order[first:last]):
+    nodes = list(gate.product.graph.nodes)
+    last = nodes.index(gate.end)
+    if any(n.target is torch._C._set_grad_enabled for n in nodes[min(map(nodes.index, inside)) : last]):
         raise Misfit("grad mode changes inside the region")
+    for operand in (gate.x, gate.u, gate.norm.weight, gate.norm.bias):
+        if operand is None:
+            continue
+        for node in nodes[nodes.index(operand) + 1 : last]:  # the op reads its operands where the region ends
+            if _writes(node) and _storage(node.all_input_nodes[0]) == _storage(operand):
+                raise Misfit(f"an operand is written in place by {node.target} at {source_line(node)}")
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and is_tensor(node)
+
+
+def _storage(node: fx.Node) -> int:
+    return value(node).untyped_storage()._cdata
 
 
 def _in_words(gate: Gate) -> str:

@@ -6,11 +6,13 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hstu_compile.ops.hstu_attention  # noqa: F401
+from hstu_compile.capture import capture
 from hstu_compile.ops.norm_gate_dropout_reference import keep_scale
-from hstu_compile.passes import output
+from hstu_compile.passes import attention, output, uvqk
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
+from tests.fbgemm_stand_ins import in_plain_pytorch
+from tests.models import MODELS
 from tests.tracing import traced, traced_module
 
 T, H, D, E = 19, 2, 16, 24
@@ -269,6 +271,10 @@ NEAR_MISSES = {
     ),
     "one gate a row": (lambda a, u: F.layer_norm(a, (W,)) * u.mean(-1, keepdim=True), "the gate has shape"),
     "not attention": (lambda a, u: F.layer_norm(torch.tanh(a), (W,)) * u, "not by attention"),
+    "operand written in between": (
+        lambda a, u: ((n := F.layer_norm(a, (W,))), (g := F.silu(u)), u.zero_(), g * n)[-1],
+        "written in place by aten.zero_",
+    ),
     "wider precision": (lambda a, u: (F.layer_norm(a.double(), (W,)) * u).float(), "float64"),
 }
 
@@ -305,3 +311,34 @@ def test_value_needed_before_dropout_ends_the_region():
     module = Output(lambda m, a, u: F.dropout(y := u * layer_norm(m, a), 0.5) + y).train()
     gm, _, report = rewritten(module, inputs(torch.float32))
     assert "dropout" not in report.fused("output")[0].what
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "after attention"])
+@pytest.mark.parametrize("name", ["meta_stu group norm", "nvidia_native", "research unbroken", "four linears"])
+def test_models(name, alone):
+    case, counts = MODELS[name], []
+
+    def backend(gm, example_inputs):
+        graph, passes = capture(gm), [uvqk, output] if alone else [attention, uvqk, output]
+        counts.extend(p.run(graph, Report()) for p in passes)
+        assert [p.run(graph, Report()) for p in passes] == [0] * len(passes)
+        graph.recompile()
+        return graph.forward
+
+    model, arguments = case.model(), case.arguments(3)
+    x = arguments[0].requires_grad_()
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+    def run(call, model):
+        out = next(t for t in torch.utils._pytree.tree_leaves(call(*arguments)) if isinstance(t, Tensor))
+        grads = torch.autograd.grad(out, [x, *model.parameters()], torch.ones_like(out), allow_unused=True)
+        return [t for t in (out, *grads) if t is not None]
+
+    ours, eager = run(torch.compile(model, backend=backend), model), run(model, model)
+    assert counts == [1] * len(counts) and counts
+    arguments = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
+    x = arguments[0] = arguments[0].detach().requires_grad_()
+    with in_plain_pytorch():
+        reference = run(model.double(), model)
+    for i, (o, e, r) in enumerate(zip(ours, eager, reference, strict=True)):
+        assert_within_budget(o, e, r, BACKWARD if i else FORWARD, f"value {i}")
