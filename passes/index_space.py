@@ -186,7 +186,7 @@ class IndexSpace:
         name = op_name(node)
         if name in VIEWS:
             named = arguments(node)
-            return self.value(named.get("self", node.args[0]), VIEWS[name](self, node, named, coords))
+            return self.value(named["self"], VIEWS[name](self, node, named, coords))
         if name in VALUES:
             return VALUES[name](self, node, arguments(node), coords)
         what = "the input" if node.op == "placeholder" else "the op"

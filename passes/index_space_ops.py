@@ -95,6 +95,7 @@ def _same(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> C
 def _permute(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
     # The op itself, on a tensor whose sizes are all different, tells the permutation.
     ndim = len(coords)
+    assert callable(node.target)
     moved = node.target(torch.empty(tuple(range(ndim)), device="meta"), *node.args[1:], **node.kwargs)
     result = list(coords)
     for position, origin in enumerate(moved.shape):
@@ -321,12 +322,12 @@ def _contract(space: "IndexSpace", operands: Sequence[fx.Node], equation: str, c
         raise ValueError(f"einsum {equation}")
     terms = inputs.split(",")
     if summed:
-        sizes = {
-            c: s
+        (size,) = {
+            space.shape(node)[names.index(summed[0])]
             for names, node in zip(terms, operands, strict=True)
-            for c, s in zip(names, space.shape(node), strict=True)
+            if summed[0] in names
         }
-        at[summed[0]] = space.new_axis(sizes[summed[0]], coords)
+        at[summed[0]] = space.new_axis(size, coords)
     product = torch.ones((), dtype=torch.int64)
     for names, node in zip(terms, operands, strict=True):
         product = product * space.value(node, broadcast_coords(space.shape(node), tuple(at[c] for c in names)))
@@ -345,7 +346,7 @@ def _einsum(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) ->
 
 
 def _matmul(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    left, right = a["self"], a.get("mat2", a.get("other"))
+    left, right = a["self"], a["mat2"] if "mat2" in a else a["other"]
     ranks = len(space.shape(left)), len(space.shape(right))
     if min(ranks) < 2:
         raise ValueError("a product with a vector")

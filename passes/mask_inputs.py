@@ -1,6 +1,7 @@
 """What a mask's expression reads: counts of tokens a sequence, numbers, sizes; and which sizes to try it with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -18,6 +19,8 @@ from hstu_compile.passes.index_space import (
 from hstu_compile.passes.index_space_ops import VIEWS, NotUnderstood
 from hstu_compile.passes.report import source_line
 
+Symbols = dict[sympy.Symbol, int]
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 UNKNOWN_SIZE = 24  # for a symbol without a hint
 MANY = 4099  # a length at which every edge of a mask should be visible
@@ -31,14 +34,15 @@ def _expression(size: Any) -> sympy.Expr:
 class Expression:
     """The part of the graph that computes some masks.
 
-    leaves: the inputs: integer tensors of one number a sequence ([B], or the [B + 1] offsets, unit dimensions aside).
+    leaves: the inputs: integer tensors of one number a sequence ([B], unit dimensions aside).
         An input is looked for as deep as the graph is understood; a count whose origin isn't is taken as an input.
     nodes: everything between them and the masks, sizes included.
+    known: inputs at which to stop. extra=1: an input may also hold one number more than there are sequences.
     Raises NotUnderstood when something else is read.
     """
 
-    def __init__(self, roots: Iterable[fx.Node], batch_size: Any) -> None:
-        self._batch = _expression(batch_size)
+    def __init__(self, roots: Iterable[fx.Node], batch_size: Any, known: Container[fx.Node], extra: int = 0) -> None:
+        self._batch, self._known, self._extra = _expression(batch_size), known, extra
         self.nodes: dict[fx.Node, None] = {}
         self.leaves: dict[fx.Node, None] = {}
         for root in roots:
@@ -64,6 +68,7 @@ class Expression:
             if op_name(node) not in VIEWS:
                 places.append(node)
 
+    @cached_property
     def numbers(self) -> list[int]:
         """The whole numbers written in the expression, shapes aside."""
         found: set[int] = set()
@@ -77,6 +82,7 @@ class Expression:
                 found |= {int(abs(x)) for x in flat if isinstance(x, (int, float)) and abs(x) < 1 << 24}
         return sorted(found - {0})
 
+    @cached_property
     def scalars(self) -> list[fx.Node]:
         """The nodes that hold a number known only at run time, the batch size aside."""
         batch = self._batch.free_symbols
@@ -86,6 +92,7 @@ class Expression:
             if isinstance(node.meta.get("val"), torch.SymInt) and not symbols_of(node.meta["val"]) & batch
         ]
 
+    @cached_property
     def has_table(self) -> bool:
         """Whether a constant tensor takes part, in which anything may be anywhere."""
         constants = [node for node in self.nodes if node.op == "get_attr"]
@@ -98,49 +105,52 @@ class Expression:
         return seen[node]
 
     def _read(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]]) -> dict[fx.Node, bool]:
+        if node in self._known:
+            return {node: True}
         if is_scalar(node):
             # Numbers end at the tensors whose sizes they are.
             below = [n for n in node.all_input_nodes if is_scalar(n)]
             return {node: False} | {n: leaf for b in below for n, leaf in self._visit(b, seen).items()}
-        reason = NotUnderstood(f"it reads {node.name}, no count of tokens: {source_line(node)}")
+        reason = NotUnderstood(f"it reads {node.name}, which is no count of tokens a sequence: {source_line(node)}")
         if node.op == "get_attr" or is_understood(node):
             try:
                 return {node: False} | {n: leaf for o in operands(node) for n, leaf in self._visit(o, seen).items()}
             except NotUnderstood as error:
                 reason = error
-        if self.is_count(node) or self.is_count(node, extra=1):
+        if self.is_count(node) or self.is_count(node, self._extra):
             return {node: True}
         raise reason
 
 
-def assignments(
-    graph: fx.Graph, expression: Expression, batch_size: Any, max_seq_len: Any, others: Sequence[Any]
-) -> list[dict[sympy.Symbol, int]]:
+def assignments(expression: Expression, batch_size: Any, max_seq_len: Any, num_heads: Any) -> list[Symbols]:
     """Sizes to read a mask with. The first is long enough to show every edge; then the captured ones; then a short one.
 
     No two symbols move in step, so that what holds for one of them only by coincidence doesn't hold in all.
     """
-    hints = symbol_hints(graph)
-    symbols = set().union(*(symbols_of(n.meta.get("val")) for n in [*expression.nodes, *expression.leaves]))
-    symbols = symbols.union(*(symbols_of(size) for size in (batch_size, max_seq_len, *others)))
-    length, batch = _expression(max_seq_len), _expression(batch_size)
+    nodes = [*expression.nodes, *expression.leaves]
+    symbols = symbols_of(batch_size).union(*(symbols_of(node.meta.get("val")) for node in nodes))
+    symbols |= symbols_of(max_seq_len) | symbols_of(num_heads)
+    hints = symbol_hints(nodes[0].graph)
     captured = {symbol: hints.get(symbol, UNKNOWN_SIZE) for symbol in symbols}
-    captured |= _solve(batch, 3, captured)
-    free = sorted(symbols - batch.free_symbols, key=str)
+    length, batch = _expression(max_seq_len), _expression(batch_size)
+    free = symbols
+    if not batch.free_symbols & length.free_symbols:
+        captured |= _solve(batch, 3, captured)
+        free = symbols - batch.free_symbols
     if not free:
         return [captured]
-    moved = captured | {symbol: captured[symbol] + 3 + 2 * k for k, symbol in enumerate(free)}
-    largest = max([1, *expression.numbers(), *moved.values()])
+    moved = captured | {symbol: captured[symbol] + 3 + 2 * k for k, symbol in enumerate(sorted(free, key=str))}
+    largest = max([*expression.numbers, *(moved[symbol] for symbol in free)])
     long = moved | _solve(length, max(4 * largest + 16, MANY), moved)
-    least = max([0, *(n for n in expression.numbers() if n < length.xreplace(captured))])
+    least = max([0, *(number for number in expression.numbers if number < length.xreplace(captured))])
     short = moved | _solve(length, FEW if least < FEW // 2 else least + FEW, moved)
     return [long, captured, short]
 
 
-def _solve(size: sympy.Expr, wanted: int, values: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
-    """The size's own symbols, moved such that it becomes `wanted` (or unmoved, if it is no sum with a symbol)."""
+def _solve(size: sympy.Expr, wanted: int, values: Symbols) -> Symbols:
+    """One of the size's symbols, moved so that it becomes `wanted`; none, if it is no sum."""
     for symbol in sorted(size.free_symbols, key=str):
         others = size.xreplace({s: sympy.Integer(v) for s, v in values.items() if s != symbol}) - symbol
-        if others.is_Integer and wanted - others > 0:
+        if others.is_Integer and wanted > others:
             return {symbol: int(wanted - others)}
     return {}

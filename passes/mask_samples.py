@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from hstu_compile.passes.index_space import Leaf
 
 SEQUENCES = 64  # sampled sequences, each in a batch of its own
 POINTS = 80  # sampled rows (and columns) of a sequence that is too long for all of them
@@ -35,26 +37,28 @@ class Samples:
         """The sampled sequences' own entries of a [P, B] table, as [P, 1, 1]."""
         return table.gather(1, self.batch[:, :, 0]).unsqueeze(-1)
 
-    def leaf(self, table: Tensor, axis: int):
-        """An input whose values are the columns of a [P, ...] table, along its dimension `axis`."""
-        world = torch.arange(len(table)).view(-1, 1, 1)
+    def leaf(self, table: Tensor, node: fx.Node) -> Leaf:
+        """The input `node`, of one dimension (others are 1), with the rows of a [P, ...] table for the P batches."""
+        sizes = node.meta["val"].shape
+        axis = next((k for k, size in enumerate(sizes) if not isinstance(size, int) or size != 1), 0)
+        world, table = torch.arange(len(table)).view(-1, 1, 1), table.to(node.meta["val"].dtype)
         return lambda coords: table[world, coords[axis]]
 
 
 def sample_counts(
-    rng: random.Random, length: int, *, jagged: bool, targets: bool, contextual: bool, contextual_seq_len: int = 0
+    rng: random.Random, length: int, *, varying: bool, targets: bool, contextual: bool, contextual_seq_len: int
 ) -> list[Counts]:
     """Sequences of up to `length` tokens: all of them if these are few, else edge cases first, the rest at random.
 
     0 <= contextual, 0 <= targets, contextual + targets <= length; or an empty sequence.
-    jagged: lengths vary. targets, contextual: these counts vary. contextual_seq_len: what they leave free.
+    varying: lengths vary. targets, contextual: these counts vary. contextual_seq_len: what they leave free.
     """
 
     def fitting(n: int, t: int, c: int) -> bool:
         return n == 0 and t == c == 0 or c + t <= n and contextual_seq_len + t <= n
 
     if length <= ALL_SEQUENCES:
-        lengths = range(length + 1) if jagged else [length]
+        lengths = range(length + 1) if varying else [length]
         return [
             (n, t, c)
             for n in lengths
@@ -66,9 +70,9 @@ def sample_counts(
     counts: list[Counts] = []
     while len(counts) < SEQUENCES:
         k = len(counts)
-        n = length if not jagged or k % 4 == 0 else edges[k // 2 % 8] if k < 16 else rng.randint(0, length)
+        n = length if not varying or k % 4 == 0 else edges[k // 2 % 8] if k < 16 else rng.randint(0, length)
         if contextual_seq_len and n < contextual_seq_len:
-            n = 0 if jagged and k % 2 else rng.randint(contextual_seq_len, length)
+            n = 0 if varying and k % 2 else rng.randint(contextual_seq_len, length)
         room = max(n - contextual_seq_len, 0)
         t = _count(rng, room) if targets and k % 2 else 0
         c = _count(rng, n - t) if contextual and rng.random() < 0.7 else 0
@@ -84,11 +88,11 @@ def _count(rng: random.Random, most: int) -> int:
 
 
 def sample(
-    rng: random.Random, counts: list[Counts], *, batch_size: int, num_heads: int, length: int, constants: Iterable[int]
+    rng: random.Random, counts: list[Counts], *, batch_size: int, num_heads: int, length: int, steps: Iterable[int]
 ) -> Samples:
     """Put each of `counts` into a batch of others, and choose its rows and columns.
 
-    constants: numbers in the mask's expression; something may happen so far from a boundary.
+    steps: something may happen so far from a boundary.
     """
     dice = torch.Generator(device="cpu").manual_seed(rng.randrange(1 << 30))
     own, many = torch.tensor(counts), len(counts)
@@ -99,11 +103,14 @@ def sample(
     if length <= ALL_POINTS:
         rows = cols = torch.arange(length).expand(many, -1)
     else:
-        steps = torch.tensor(sorted({0, *constants}))
-        rows = _points(dice, own, length, steps)
-        near_rows = _step(dice, rows, steps, POINTS // 3).clamp(0, length - 1)
-        cols = torch.cat([near_rows, _points(dice, own, length, steps)[:, : POINTS - near_rows.shape[1]]], 1)
-    return Samples(*table.unbind(2), batch.unsqueeze(2), head, rows.unsqueeze(2), cols.unsqueeze(1))
+        far = torch.tensor(sorted({0, *steps}))
+        rows = _points(dice, own, length, far)
+        near_rows = _step(dice, rows, far, POINTS // 3).clamp(0, length - 1)
+        cols = torch.cat([near_rows, _points(dice, own, length, far)[:, : POINTS - near_rows.shape[1]]], 1)
+    lengths, targets, contextual = table.unbind(2)
+    return Samples(
+        lengths, targets, contextual, batch.unsqueeze(2), head, rows=rows.unsqueeze(2), cols=cols.unsqueeze(1)
+    )
 
 
 def _points(dice: torch.Generator, own: Tensor, length: int, steps: Tensor) -> Tensor:
@@ -127,11 +134,11 @@ def _step(dice: torch.Generator, places: Tensor, steps: Tensor, count: int) -> T
     return chosen + sign * step + torch.randint(-1, 2, chosen.shape, generator=dice)
 
 
-def all_cells(samples: Samples, rows: Iterable[int], cols: Iterable[int]) -> Samples:
-    """The same sequences, at other rows and columns."""
+def all_cells(samples: Samples, rows: Tensor, cols: Tensor) -> Samples:
+    """The same sequences, at other rows [R] and columns [C]."""
     count = len(samples.lengths)
     return replace(
         samples,
-        rows=torch.tensor(list(rows)).view(1, -1, 1).expand(count, -1, 1),
-        cols=torch.tensor(list(cols)).view(1, 1, -1).expand(count, 1, -1),
+        rows=rows.view(1, -1, 1).expand(count, -1, 1),
+        cols=cols.view(1, 1, -1).expand(count, 1, -1),
     )
