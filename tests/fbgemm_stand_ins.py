@@ -64,14 +64,15 @@ def _register() -> torch.library.Library:
     def keep_for_backward(ctx, inputs, output):
         tensor, offsets, *_ = inputs
         ctx.save_for_backward(*offsets)
+        ctx.others = [None] * (len(inputs) - 2)  # torch leaves out arguments that equal their default
         ctx.size = tensor.shape[0] if output.dim() == 3 else tensor.shape[1]
 
     def pad_backward(ctx, grad):
-        return torch.ops.fbgemm.dense_to_jagged_forward(grad, list(ctx.saved_tensors), ctx.size), [None], None, None
+        return torch.ops.fbgemm.dense_to_jagged_forward(grad, list(ctx.saved_tensors), ctx.size), [None], *ctx.others
 
     def unpad_backward(ctx, grad):
         padded = torch.ops.fbgemm.jagged_to_padded_dense_forward(grad, list(ctx.saved_tensors), [ctx.size], 0.0)
-        return padded, [None], None
+        return padded, [None], *ctx.others
 
     for name, forward, fake, backward in (
         ("jagged_to_padded_dense_forward", pad, pad_fake, pad_backward),
