@@ -1,6 +1,6 @@
 """HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic, no atomics.
 
-Forward: a warp-specialised kernel, at head dim 256 the plain product (the faster of the two at each, see docs/kernels.md).
+Forward: a warp-specialised kernel, at head dim 256 the plain product (the faster of the two at each).
 Backward: dq as a product and dk, dv in one kernel (7 matrix products); at head dim 256 three products (8).
 """
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 MAX_DIM = 256
+ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
+MAX_COORDINATE = 0x7FFF0000
+ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
 BATCH_ARGUMENTS = (
     "seq_offsets",
     "seq_lengths",
@@ -27,6 +30,7 @@ BATCH_ARGUMENTS = (
 # By head dim, filled up to one of these.
 FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4)}  # BLOCK_R per consumer, BLOCK_C, STAGES
 PRODUCT_TILES = {32: (128, 128, 2, 2), 64: (128, 128, 2, 2), 128: (128, 128, 2, 2), 256: (128, 64, 2, 1)}  # f'
+MASKED_PRODUCT_TILES = {128: (128, 64, 3, 3)}  # with targets or contextual rows, whose bounds would spill above
 SILU_PRODUCT_TILES = {256: (128, 64, 2, 2)}  # f: BLOCK_R, BLOCK_C, B_STAGES, C_STAGES
 DKDV_TILES = {32: (128, 64, 3), 64: (128, 64, 3), 128: (128, 64, 2)}  # KEYS, QUERIES, STAGES
 
@@ -60,7 +64,8 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def __call__(self) -> None:
-        self.kernel[(self.programs,)](*self.arguments, **self.constants)
+        if self.programs:
+            self.kernel[(self.programs,)](*self.arguments, **self.constants)
 
 
 class Kernels(NamedTuple):
@@ -114,18 +119,19 @@ def processors(device: torch.device) -> int:
 
 def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
-    width, half_alpha, scale = filled_dim(q, v), call["alpha"] / 2, call["scale"]
+    width, half_alpha, scale = filled_dim(q, v), 0.5 * call["alpha"], float(call["scale"])
+    (q, k, v), batch_rows = loadable(q, k, v)
+    batch = batch_of(q, batch_rows, call)
     if width not in FORWARD_TILES:
-        return [product(q, q, k, v, out, width, SILU_PRODUCT_TILES[width], half_alpha, scale, call, False, False)]
+        tiles = SILU_PRODUCT_TILES[width]
+        return [product(q, q, k, v, out, width, tiles, half_alpha, scale, batch, call, False, False)]
     rows, cols, stages = FORWARD_TILES[width]
     tiles_per_seq = math.ceil(call["max_seq_len"] / (2 * rows))
-    heads = heads_in(q, call)
-    tiles = tiles_per_seq * heads
-    describe = Describe(width, call)
-    arguments = (describe(q, rows), describe(k, cols), describe(v, cols), out, row_width(out), half_alpha, scale)
+    tiles = tiles_per_seq * heads_in(q, call)
+    arguments = (describe(q, rows, width), describe(k, cols, width), describe(v, cols, width))
+    arguments += (out, row_width(out), half_alpha, scale, batch, tiles_per_seq, tiles)
     constants = {"DIM": v.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols, "STAGES": stages}
     constants |= {"FAMILY": family_of(call), "num_warps": 4, "maxnreg": 168}
-    arguments += (batch_of(q, call), tiles_per_seq, tiles)
     return [Launch(kernels().forward, min(sms, tiles), arguments, constants)]
 
 
@@ -133,39 +139,40 @@ def backward_launches(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, **call: Any
 ) -> list[Launch]:
     """What `backward` runs."""
-    width, half_alpha, scale = filled_dim(q, v), call["alpha"] / 2, call["scale"]
-    tiles, factor = PRODUCT_TILES[width], call["alpha"] * call["scale"]
-    dq_launch = product(q, dout, k, v, dq, width, tiles, half_alpha, factor, call, True, False)
+    width, half_alpha, scale = filled_dim(q, v), 0.5 * call["alpha"], float(call["scale"])
+    factor = call["alpha"] * scale
+    (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
+    batch = batch_of(q, batch_rows, call)
+    tiles = MASKED_PRODUCT_TILES.get(width, PRODUCT_TILES[width]) if is_ragged(call) else PRODUCT_TILES[width]
+    dq_launch = product(q, dout, k, v, dq, width, tiles, half_alpha, factor, batch, call, True, False)
     if width not in DKDV_TILES:
         return [
-            product(k, k, q, dout, dv, width, SILU_PRODUCT_TILES[width], half_alpha, scale, call, False, True),
-            product(k, v, q, dout, dk, width, tiles, half_alpha, factor, call, True, True),
+            product(k, k, q, dout, dv, width, SILU_PRODUCT_TILES[width], half_alpha, scale, batch, call, False, True),
+            product(k, v, q, dout, dk, width, tiles, half_alpha, factor, batch, call, True, True),
             dq_launch,
         ]
     keys, queries, stages = DKDV_TILES[width]
     tiles_per_seq = math.ceil(call["max_seq_len"] / keys)
-    describe = Describe(width, call)
-    arguments = (describe(q, queries), describe(k, keys), describe(v, keys), describe(dout, queries))
-    arguments += (dk, dv, row_width(dk), row_width(dv), half_alpha, factor, scale)
+    arguments = (describe(q, queries, width), describe(k, keys, width))
+    arguments += (describe(v, keys, width), describe(dout, queries, width))
+    arguments += (dk, dv, row_width(dk), row_width(dv), half_alpha, factor, scale, batch, tiles_per_seq)
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
     constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call), "num_warps": 8}
-    arguments += (batch_of(q, call), tiles_per_seq)
     return [Launch(kernels().dkdv, tiles_per_seq * heads_in(q, call), arguments, constants), dq_launch]
 
 
 def product(
     a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, width: int, tiles: tuple[int, int, int, int],
-    half_alpha: float, factor: float, call: dict[str, Any], grad: bool, keys_resident: bool,
+    half_alpha: float, factor: float, batch: Any, call: dict[str, Any], grad: bool, keys_resident: bool,
 ) -> Launch:  # fmt: skip
     rows, cols, b_stages, c_stages = tiles
     tiles_per_seq = math.ceil(call["max_seq_len"] / rows)
-    describe = Describe(width, call)
-    arguments = (describe(a, rows), describe(da, rows), describe(b, cols), describe(c, cols))
-    arguments += (out, row_width(out), half_alpha, factor)
+    arguments = (describe(a, rows, width), describe(da, rows, width))
+    arguments += (describe(b, cols, width), describe(c, cols, width))
+    arguments += (out, row_width(out), half_alpha, factor, batch, tiles_per_seq)
     constants = {"DIM": out.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols}
     constants |= {"B_STAGES": b_stages, "C_STAGES": c_stages, "GRAD": grad, "KEYS_RESIDENT": keys_resident}
     constants |= {"FAMILY": family_of(call), "num_warps": 8}
-    arguments += (batch_of(a, call), tiles_per_seq)
     return Launch(kernels().product, tiles_per_seq * heads_in(a, call), arguments, constants)
 
 
@@ -184,18 +191,30 @@ def heads_in(q: Tensor, call: dict[str, Any]) -> int:
     return q.shape[-2] * (q.shape[0] if offsets is None else offsets.shape[0] - 1)
 
 
-def batch_of(q: Tensor, call: dict[str, Any]) -> Any:
+def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> Any:
     """The kernels' `batch`: the same fields wherever they come from."""
     return kernels().batch(
-        N=call["max_seq_len"], num_heads=q.shape[-2], **{name: call[name] for name in BATCH_ARGUMENTS}
+        N=call["max_seq_len"],
+        batch_rows=batch_rows,
+        num_heads=q.shape[-2],
+        **{name: call[name] for name in BATCH_ARGUMENTS},
     )
+
+
+def is_ragged(call: dict[str, Any]) -> bool:
+    """Whether the mask has more than a causal edge and a window."""
+    return call["num_targets"] is not None or has_context(call)
+
+
+def has_context(call: dict[str, Any]) -> bool:
+    return call["num_contextuals"] is not None or call["contextual_seq_len"] > 0
 
 
 def family_of(call: dict[str, Any]) -> Any:
     """Which clauses of the mask a kernel is compiled with."""
     return kernels().family(
         CAUSAL=call["causal"],
-        CONTEXT=call["num_contextuals"] is not None or call["contextual_seq_len"] > 0,
+        CONTEXT=has_context(call),
         TARGETS=call["num_targets"] is not None,
         WINDOW=call["max_attn_len"] > 0,
         SHARED=call["targets_share_position"],
@@ -206,28 +225,52 @@ def family_of(call: dict[str, Any]) -> Any:
 def shared_layout(rows: int, width: int, dtype: torch.dtype) -> Any:
     gl = kernels().compat.gl
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, width], element)
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, 1, width], element)
 
 
-class Describe(NamedTuple):
-    """TMA descriptors for tiles of [rows, width] of one head."""
-
-    width: int
-    call: dict[str, Any]
-
-    def __call__(self, x: Tensor, rows: int) -> Any:
-        x = loadable(x)
-        if self.call["seq_offsets"] is not None:
-            x = x.unsqueeze(0)
-        # The stride of a dimension of size 1 means nothing, but TMA wants it to be a multiple of 16 bytes.
-        strides = [s if n > 1 else MAX_DIM for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-        layout = shared_layout(rows, self.width, x.dtype)
-        return kernels().compat.TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, self.width], layout)
+def describe(x: Tensor, rows: int, width: int) -> Any:
+    """The TMA descriptor for tiles of [rows, width] of one head of x: see attention_sm90_tiles."""
+    heads, dim = x.shape[-2:]
+    head_stride = x.stride(-2) if heads > 1 else ALIGNMENT
+    step = row_stride(x)
+    return kernels().compat.TensorDescriptor(
+        x,
+        [MAX_COORDINATE, MAX_COORDINATE, ROW_LIMIT, heads, dim],
+        [(1 << 34) - step, step, step, head_stride, 1],
+        [1, 1, rows, 1, width],
+        shared_layout(rows, width, x.dtype),
+    )
 
 
-def loadable(x: Tensor) -> Tensor:
-    """x, or a copy of it where TMA cannot read it: base and strides must be multiples of 16 bytes, and not 0."""
-    strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+def row_stride(x: Tensor) -> int:
+    """From one row to the next; where there is but one, anything that TMA accepts, or to the next sequence's."""
+    if x.shape[-3] > 1:
+        return x.stride(-3)
+    return x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else ALIGNMENT
+
+
+def rows_apart(x: Tensor) -> int:
+    """Dense: rows from one sequence to the next; 0 where that is no whole number."""
+    if x.shape[0] == 1:
+        return x.shape[1]
+    return 0 if x.stride(0) % row_stride(x) else x.stride(0) // row_stride(x)
+
+
+def loadable(*tensors: Tensor) -> tuple[list[Tensor], int]:
+    """The tensors, or copies where TMA cannot read them, and the rows from one sequence to the next if dense.
+
+    Base and strides must be multiples of 16 bytes, and not 0; dense sequences equally many rows apart in all tensors.
+    """
+    ready = [x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+    if ready[0].dim() == 3:
+        return ready, 0
+    apart = {rows_apart(x) for x in ready}
+    if len(apart) > 1 or 0 in apart:
+        apart = {ready[0].shape[1]}
+        ready = [x if rows_apart(x) in apart else x.clone(memory_format=torch.contiguous_format) for x in ready]
+    return ready, apart.pop()
+
+
+def is_aligned(x: Tensor) -> bool:
+    strides = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % ALIGNMENT == 0 for step in strides)

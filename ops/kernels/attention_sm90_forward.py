@@ -1,21 +1,21 @@
 """HSTU attention forward on Hopper, warp-specialised and persistent (head dims up to 128).
 
-One producer warp streams k and v by TMA; two consumers of four warps own BLOCK_R query rows each and run independently, so
-that one's silu and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its halves
-move in step.) The producer also zeroes the tail of a sequence's last v tile, before it says that the tile is ready.
+One producer warp streams k and v by TMA; two consumers of four warps own BLOCK_R query rows each and run independently,
+so that one's silu and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its
+halves move in step.)
 """
 
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
+    live_tile,
     load_tile,
-    mask_tile,
+    mask_of,
     matrix,
-    sequence_and_mask,
+    sequence_of,
     store_rows,
-    whole_tile,
-    zero_tail,
 )
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import key_spans, nth_tile, num_tiles
 from hstu_compile.ops.kernels.silu import silu
 
@@ -23,20 +23,20 @@ from hstu_compile.ops.kernels.silu import silu
 @gluon.jit
 def output_tile(tile, tiles_per_seq, batch, FAMILY: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
     """Sequence, mask, first row and column tiles of an output tile; longest first."""
-    sequence, mask = sequence_and_mask(tile // tiles_per_seq, batch)
+    sequence = sequence_of(tile // tiles_per_seq, batch)
+    mask = mask_of(sequence.z, batch)
     row0 = (tiles_per_seq - 1 - tile % tiles_per_seq) * ROWS
     return sequence, mask, row0, key_spans(row0, ROWS, COLS, mask, FAMILY)
 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, batch, q, k, v, bars, tail_bar, tiles_per_seq, total_tiles,
+    q_desc, k_desc, v_desc, batch, q, k, v, bars, tiles_per_seq, total_tiles,
     FAMILY: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     filled = 0  # k, v tiles so far
     visited = 0  # output tiles so far
-    tails = 0  # zeroed tails so far
     for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         sequence, mask, row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * BLOCK_R, BLOCK_C)
         if row0 < sequence.length:
@@ -52,22 +52,15 @@ def producer(
                 mbarrier.wait(k_empty.index(slot), phase)
                 load_tile(k_desc, sequence, col0, k_full.index(slot), k.index(slot), True)
                 mbarrier.wait(v_empty.index(slot), phase)
-                if col0 + BLOCK_C > sequence.length:
-                    load_tile(v_desc, sequence, col0, tail_bar, v.index(slot), True)
-                    mbarrier.wait(tail_bar, tails & 1)
-                    tails += 1
-                    zero_tail(matrix(v.index(slot)), sequence.length - col0, 1)
-                    mbarrier.arrive(v_full.index(slot), count=1)
-                else:
-                    load_tile(v_desc, sequence, col0, v_full.index(slot), v.index(slot), True)
+                load_tile(v_desc, sequence, col0, v_full.index(slot), v.index(slot), True)
                 filled += 1
 
 
 @gluon.jit
 def consumer(
     out, row_stride, half_alpha, factor, batch, q, k, v, bars, tiles_per_seq, total_tiles,
-    FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
-    W: gl.constexpr,
+    FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr,
+    STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Rows W * BLOCK_R ... of each output tile."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
@@ -84,6 +77,7 @@ def consumer(
         acc = gl.zeros((BLOCK_R, D), dtype=gl.float32, layout=o_layout)
         if tile_row0 < sequence.length:
             tiles = num_tiles(spans)
+            whole = whole_columns(row0, BLOCK_R, mask, FAMILY, False)
             zero = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=s_layout)
             mbarrier.wait(q_full.index(W), visited & 1)
             visited += 1
@@ -94,8 +88,8 @@ def consumer(
             mbarrier.arrive(k_empty.index(done % STAGES), count=1)
             col0 = nth_tile(tiles - 1, spans) * BLOCK_C
             p = silu(s * half_alpha, True)
-            if not whole_tile(row0, col0, BLOCK_R, BLOCK_C, mask, FAMILY, False):
-                p = mask_tile(p, row0, col0, mask, FAMILY, False)
+            if (col0 < whole[0]) | (col0 + BLOCK_C > whole[1]):
+                p = gl.where(live_tile(p, row0, col0, sequence.z, batch, FAMILY, False), p, 0.0)
             p = gl.convert_layout(p.to(dtype), p_layout)
             for t in range(1, tiles):
                 col0 = nth_tile(tiles - 1 - t, spans) * BLOCK_C
@@ -109,8 +103,8 @@ def consumer(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(k_empty.index(nxt), count=1)
                 r = silu(s * half_alpha, True)
-                if not whole_tile(row0, col0, BLOCK_R, BLOCK_C, mask, FAMILY, False):
-                    r = mask_tile(r, row0, col0, mask, FAMILY, False)
+                if (col0 < whole[0]) | (col0 + BLOCK_C > whole[1]):
+                    r = gl.where(live_tile(r, row0, col0, sequence.z, batch, FAMILY, False), r, 0.0)
                 r = gl.convert_layout(r.to(dtype), p_layout)
                 acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                 mbarrier.arrive(v_empty.index(this), count=1)
@@ -136,17 +130,15 @@ def forward_kernel(
 ):  # fmt: skip
     """out = factor * silu(q kT) v over the live cells; programs share the output tiles of 2 * BLOCK_R rows."""
     dtype: gl.constexpr = q_desc.dtype
-    q = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_R, 1, D], q_desc.layout)
-    k = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_C, 1, D], k_desc.layout)
-    v = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_C, 1, D], v_desc.layout)
+    q = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_R, 1, D], q_desc.layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_C, 1, D], k_desc.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_C, 1, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    tail_bar = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
-    mbarrier.init(tail_bar, count=1)
     for w in gl.static_range(2):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
@@ -156,16 +148,16 @@ def forward_kernel(
         mbarrier.init(k_empty.index(i), count=2)  # both consumers release a tile
         mbarrier.init(v_empty.index(i), count=2)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    # Twelve warps of 168 registers: 232 for each thread of the consumers, 40 for the producer's.
+    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
     gl.warp_specialize(
         [
             (consumer, (out, row_stride, half_alpha, factor, batch, q, k, v, bars, tiles_per_seq, total_tiles,
                         FAMILY, DIM, D, BLOCK_R, BLOCK_C, STAGES, 0)),
             (consumer, (out, row_stride, half_alpha, factor, batch, q, k, v, bars, tiles_per_seq, total_tiles,
                         FAMILY, DIM, D, BLOCK_R, BLOCK_C, STAGES, 1)),
-            (producer, (q_desc, k_desc, v_desc, batch, q, k, v, bars, tail_bar, tiles_per_seq, total_tiles,
+            (producer, (q_desc, k_desc, v_desc, batch, q, k, v, bars, tiles_per_seq, total_tiles,
                         FAMILY, BLOCK_R, BLOCK_C, STAGES)),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )  # fmt: skip

@@ -1,17 +1,43 @@
 """What the Hopper attention kernels share: where a sequence lies, how its tiles come in, are masked and go out.
 
-Every input is a TMA descriptor over [batch, row, head, dim] with the strides of the tensor as it is (jagged: one batch
-of T rows), so that no layout needs a copy and head dims between powers of two are filled up with zeros.
+Every input is one TMA descriptor over the rows of all sequences, with the strides of the tensor as it is. Two things
+come out of the hardware's bounds check as zeros: head dims between powers of two, and the rows beyond the end of a sequence.
+These belong to others or to nobody and may hold NaN; 0 * NaN is NaN, so masking the scores would not be enough.
 
-Rows beyond the end of a sequence belong to others, or to nobody: they may hold NaN, and 0 * NaN is NaN. As part of a
-resident tile they only reach output rows that are not stored. As part of a streamed tile they would meet every output
-row, so the last, partial tile of a sequence gets its tail zeroed in shared memory before a product sums over it.
+The bounds check ends at ROW_LIMIT, so a sequence is addressed from its end: its last row is row ROW_LIMIT - 1 of a
+dimension, whose origin a second dimension of the same stride moves; a third takes ROW_LIMIT rows off again, because
+addresses wrap around at 2^64 (the idea of triton.tools.ragged_tma). In elements, with L = ROW_LIMIT = 2^30:
+
+    L (2^34 - stride) + (start + length) stride + (L - length + row) stride = 2^64 + (start + row) stride
 """
 
 from typing import Any, NamedTuple
 
-from hstu_compile.ops.kernels.gluon_compat import async_load, fence_async_shared, gl, gluon, mbarrier
-from hstu_compile.ops.kernels.mask_tiles import Mask, all_cells_live, in_spans, key_spans, query_spans
+from hstu_compile.ops.kernels.gluon_compat import async_load, gl, gluon, mbarrier
+from hstu_compile.ops.kernels.mask_intervals import live_in
+from hstu_compile.ops.kernels.mask_tiles import Mask
+
+ROW_LIMIT = 2^30:
+
+    L (2^34 - stride) + (start + length) stride + (L - length + row) stride = 2^64 + (start + row) stride
+"""
+
+from typing import Any, NamedTuple
+
+from hstu_compile.ops.kernels.gluon_compat import async_load, gl, gluon, mbarrier
+from hstu_compile.ops.kernels.mask_tiles import (
+    Mask,
+    in_spans,
+    is_exempt,
+    key_spans,
+    position,
+    query_spans,
+    shift,
+    window_bounds,
+    window_position,
+)
+
+ROW_LIMIT = gl.constexpr(1 << 30)
 
 # Arguments that change from call to call; never a reason to compile again.
 RUNTIME = ["batch", "tiles_per_seq", "total_tiles"]
@@ -25,6 +51,7 @@ class Batch(NamedTuple):
     num_targets: Any
     num_contextuals: Any
     N: Any
+    batch_rows: Any  # dense: rows from one sequence to the next in the inputs
     num_heads: Any
     contextual_seq_len: Any
     target_group_size: Any
@@ -33,10 +60,10 @@ class Batch(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """One head of one sequence: its coordinates in the descriptors, and its rows in the outputs."""
+    """One head of one sequence."""
 
-    batch: Any
-    start: Any
+    z: Any  # which one
+    start: Any  # its first row in the inputs
     head: Any
     length: Any
     out_row: Any  # its first row in the outputs
@@ -44,102 +71,81 @@ class Sequence(NamedTuple):
 
 
 @gluon.jit
-def sequence_and_mask(index, batch):
-    """Head number `index` of all sequences, and its mask."""
-    z = index // batch.num_heads
-    head = index % batch.num_heads
+def first_row(z, batch):
+    """Of sequence z in the inputs."""
+    if batch.seq_offsets is not None:
+        return gl.load(batch.seq_offsets + z).to(gl.int32)
+    else:
+        return z * batch.batch_rows
+
+
+@gluon.jit
+def length_of(z, batch):
     if batch.seq_offsets is not None:
         start = gl.load(batch.seq_offsets + z).to(gl.int32)
-        length = gl.minimum(gl.load(batch.seq_offsets + z + 1).to(gl.int32) - start, batch.N)
-        sequence = Sequence(0, start, head, length, start.to(gl.int64), length)
+        return gl.minimum(gl.load(batch.seq_offsets + z + 1).to(gl.int32) - start, batch.N)
     elif batch.seq_lengths is not None:
-        length = gl.load(batch.seq_lengths + z).to(gl.int32)
-        sequence = Sequence(z, 0, head, length, z.to(gl.int64) * batch.N, batch.N)
+        return gl.load(batch.seq_lengths + z).to(gl.int32)
     else:
-        length = batch.N
-        sequence = Sequence(z, 0, head, length, z.to(gl.int64) * batch.N, batch.N)
+        return batch.N
+
+
+@gluon.jit
+def sequence_of(index, batch):
+    """Head number `index` of all sequences."""
+    z = index // batch.num_heads
+    start = first_row(z, batch)
+    length = length_of(z, batch)
+    if batch.seq_offsets is not None:
+        return Sequence(z, start, index % batch.num_heads, length, start.to(gl.int64), length)
+    else:
+        return Sequence(z, start, index % batch.num_heads, length, z.to(gl.int64) * batch.N, batch.N)
+
+
+@gluon.jit
+def mask_of(z, batch):
+    """The mask of sequence z."""
+    length = length_of(z, batch)
     history_end = length
     if batch.num_targets is not None:
         history_end = length - gl.load(batch.num_targets + z).to(gl.int32)
     contextual = batch.contextual_seq_len
     if batch.num_contextuals is not None:
         contextual = gl.load(batch.num_contextuals + z).to(gl.int32)
-    mask = Mask(
-        length,
-        history_end,
-        contextual,
-        batch.target_group_size,
-        batch.max_attn_len,
-        batch.min_full_attn_seq_len,
+    return Mask(
+        length, history_end, contextual, batch.target_group_size, batch.max_attn_len, batch.min_full_attn_seq_len
     )
-    return sequence, mask
 
 
 @gluon.jit
 def load_tile(desc, sequence, row, bar, buffer, pred):
     """Rows row ... of the sequence into `buffer`; `bar` completes when they are there."""
     mbarrier.expect(bar, desc.block_type.nbytes, pred=pred)
-    async_load(desc, [sequence.batch, sequence.start + row, sequence.head, 0], bar, buffer, pred=pred)
+    end = sequence.start + sequence.length
+    from_end = ROW_LIMIT - sequence.length + row
+    async_load(desc, [ROW_LIMIT, end, from_end, sequence.head, 0], bar, buffer, pred=pred)
 
 
 @gluon.jit
 def matrix(buffer):
-    """A [1, rows, 1, dim] tile as the matrix it is."""
-    return buffer.reshape([buffer.shape[1], buffer.shape[3]])
+    """A [1, 1, rows, 1, dim] tile as the matrix it is."""
+    return buffer.reshape([buffer.shape[2], buffer.shape[4]])
 
 
 @gluon.jit
-def zero_tail(tile, live_rows, num_warps: gl.constexpr):
-    """Zero the rows of a shared matrix from `live_rows` on, for the tensor cores to read."""
-    width: gl.constexpr = min(tile.shape[1], 64)
-    lanes: gl.constexpr = width // 8
-    height: gl.constexpr = max(8, num_warps * 32 // lanes)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
-    rows = gl.arange(0, height, layout=gl.SliceLayout(1, layout))
-    for i in gl.static_range(tile.shape[0] // height):
-        if (i + 1) * height > live_rows:
-            for j in gl.static_range(tile.shape[1] // width):
-                part = tile.slice(i * height, height).slice(j * width, width, 1)
-                part.store(gl.where((i * height + rows)[:, None] < live_rows, part.load(layout), 0.0))
-    fence_async_shared()
+def pinned(x):
+    """x; what is computed from it stays where it stands. (Hoisted out of a loop, the bounds of a mask would spill.)"""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def live_in(first, second, mask, FAMILY: gl.constexpr, KEYS_FIRST: gl.constexpr):
-    """`live_cells` as intervals: what a row meets is up to three runs of columns.
-
-    Bounds are held for the rows alone, of which a thread has two: a mask per column would spill.
-    """
-    if KEYS_FIRST:
-        live = in_spans(second, query_spans(first, 1, 1, mask, FAMILY))
-    else:
-        live = in_spans(second, key_spans(first, 1, 1, mask, FAMILY))
-    if FAMILY.TARGETS and FAMILY.WINDOW and not FAMILY.SHARED:  # spans let a window end within a group of targets
-        apart = gl.maximum(first - second, second - first)
-        history = (first < mask.history_end) | (second < mask.history_end)
-        live = live & (history | (apart <= mask.max_attn_len) | (mask.min_full_attn_seq_len > 0))
-    return live
-
-
-@gluon.jit
-def mask_tile(x, row0, col0, mask, FAMILY: gl.constexpr, KEYS_FIRST: gl.constexpr):
-    """Zero the dead cells of a tile of queries x keys (KEYS_FIRST: keys x queries) that starts at (row0, col0)."""
+def live_tile(x, row0, col0, z, batch, FAMILY: gl.constexpr, KEYS_FIRST: gl.constexpr):
+    """The live cells of a tile like x, queries x keys (KEYS_FIRST: keys x queries), that starts at (row0, col0)."""
     layout: gl.constexpr = x.type.layout
-    first = row0 + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))[:, None]
-    second = col0 + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-    return gl.where(live_in(first, second, mask, FAMILY, KEYS_FIRST), x, 0.0)
-
-
-@gluon.jit
-def whole_tile(
-    row0, col0, ROWS: gl.constexpr, COLS: gl.constexpr, mask, FAMILY: gl.constexpr, KEYS_FIRST: gl.constexpr
-):
-    """Whether no cell of the tile needs masking; may say no where it is so."""
-    if KEYS_FIRST:
-        whole = all_cells_live(col0, row0, COLS, ROWS, mask, FAMILY)
-    else:
-        whole = all_cells_live(row0, col0, ROWS, COLS, mask, FAMILY)
-    return whole & (col0 + COLS <= mask.length)  # what is streamed from beyond the end may be NaN
+    first = row0 + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
+    second = col0 + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    mask = mask_of(pinned(z), batch)
+    return live_in(pinned(first)[:, None], second[None, :], mask, FAMILY, KEYS_FIRST)
 
 
 @gluon.jit
