@@ -46,13 +46,12 @@ def in_plain_pytorch() -> Iterator[None]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("fbgemm", "FRAGMENT")
-    for suffix in ("", "_forward"):
-        library.define(
-            f"jagged_to_padded_dense{suffix}"
-            "(Tensor values, Tensor[] offsets, SymInt[] max_lengths, float padding_value=0.) -> Tensor"
-        )
+    # No defaults where there is a gradient: an argument that equals its default would not reach the backward.
+    padded = "(Tensor values, Tensor[] offsets, SymInt[] max_lengths, float padding_value{}) -> Tensor"
+    library.define("jagged_to_padded_dense" + padded.format("=0."))
+    library.define("jagged_to_padded_dense_forward" + padded.format(""))
     library.define("dense_to_jagged(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) -> (Tensor, Tensor[])")
-    library.define("dense_to_jagged_forward(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) -> Tensor")
+    library.define("dense_to_jagged_forward(Tensor dense, Tensor[] x_offsets, SymInt? total_L) -> Tensor")
 
     def pad_fake(values, offsets, max_lengths, padding_value=0.0):
         return values.new_empty(offsets[0].shape[0] - 1, max_lengths[0], values.shape[1])
@@ -64,15 +63,14 @@ def _register() -> torch.library.Library:
     def keep_for_backward(ctx, inputs, output):
         tensor, offsets, *_ = inputs
         ctx.save_for_backward(*offsets)
-        ctx.others = [None] * (len(inputs) - 2)  # torch leaves out arguments that equal their default
         ctx.size = tensor.shape[0] if output.dim() == 3 else tensor.shape[1]
 
     def pad_backward(ctx, grad):
-        return torch.ops.fbgemm.dense_to_jagged_forward(grad, list(ctx.saved_tensors), ctx.size), [None], *ctx.others
+        return torch.ops.fbgemm.dense_to_jagged_forward(grad, list(ctx.saved_tensors), ctx.size), [None], None, None
 
     def unpad_backward(ctx, grad):
         padded = torch.ops.fbgemm.jagged_to_padded_dense_forward(grad, list(ctx.saved_tensors), [ctx.size], 0.0)
-        return padded, [None], *ctx.others
+        return padded, [None], None
 
     for name, forward, fake, backward in (
         ("jagged_to_padded_dense_forward", pad, pad_fake, pad_backward),
