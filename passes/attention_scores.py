@@ -133,7 +133,7 @@ def _silu_argument(node: fx.Node) -> fx.Node | None:
         return node.all_input_nodes[0]
     if is_call(node, *MULTIPLY):
         for x, gate in (node.args[:2], node.args[1::-1]):
-            gate = look_through(gate) if isinstance(gate, fx.Node) else gate  # type: ignore[assignment]
+            gate = look_through(gate) if isinstance(gate, fx.Node) else gate
             if is_call(gate, aten.sigmoid.default) and look_through(gate.args[0]) is look_through(x):  # type: ignore
                 return x  # type: ignore[return-value]
     return None
@@ -238,11 +238,14 @@ def _vanishes(fill: float, node: fx.Node) -> bool:
 
 
 def _add(other: Any, scale: float, dims: Dims, scores: Scores) -> None:
-    constant = number(other)
+    constant, product = number(other), scores.product.node
     if constant == 0:
         return
+    if constant is not None:
+        kwargs = {"dtype": value(product).dtype, "device": value(product).device}
+        other = insert_call(product.graph, product, aten.full.default, ([], constant), kwargs, like=product)
     if not isinstance(other, fx.Node) or not is_floating(other):
-        raise Misfit(scores.product.node, "the bias of the scores is not a floating-point tensor")
+        raise Misfit(product, "the bias of the scores is not a floating-point tensor")
     bias = Bias(other, aligned(other, dims), dims, scale * scores.alpha, tuple(scores.factors))
     scores.biases.append(bias)
 

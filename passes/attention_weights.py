@@ -3,7 +3,7 @@
 out_i = sum_j c_j * silu(r_i * s_ij) * w_i * v_j   =   w_i * sum_j silu((r_i q_i) k_j) * (c_j v_j)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -32,28 +32,34 @@ class Weights:
 def read_weights(layout: Layout) -> Weights:
     """Give every factor and bias its place; raises Misfit where one has none."""
     region, scores, weights = layout.region, layout.region.scores, Weights()
+    binary: list[Term] = []  # multiply the scores before silu: the same as after it, if they are 0 or 1
     for term in scores.factors:
         by_row, by_column = _varies(region, term)
         if by_row and by_column:
-            raise Misfit(term.node, "the scores are scaled by a tensor over rows and columns before silu")
-        (weights.of_k if by_column else weights.of_q).append(term)
+            binary.append(term)
+        else:
+            (weights.of_k if by_column else weights.of_q).append(term)
 
     cells: list[Term] = []  # mask candidates, by what they vary over
     rows: list[Term] = []
     columns: list[Term] = []
-    for term in scores.masks + scores.weights:
+    for term in scores.masks + scores.weights + binary:
         by_row, by_column = _varies(region, term)
         is_mask = is_tensor(term.node) and term.role != "divides" and not may_require_grad(term.node)
         if by_row and by_column:
             if not is_mask:
                 why = "a divisor" if term.role == "divides" else "a factor that needs a gradient"
-                raise Misfit(term.node, f"{why} over rows and columns after silu")
+                raise Misfit(term.node, f"{why} over rows and columns in the attention weights")
             cells.append(term)
         elif is_mask and (by_row or by_column):
             (columns if by_column else rows).append(term)
         else:
             (weights.of_v if by_column else weights.of_output).append(term)
     _identify(layout, weights, cells, rows, columns)
+    for term in binary:
+        if term in weights.masks or any(term not in bias.factors for bias in scores.biases):
+            raise Misfit(term.node, "the scores are multiplied by a tensor over rows and columns before silu")
+    weights.biases = [replace(b, factors=tuple(f for f in b.factors if f not in binary)) for b in weights.biases]
     _normalise(weights, scores.multiplier, scores.divisor)
     return weights
 

@@ -140,7 +140,7 @@ def may_require_grad(node: fx.Node) -> bool:
             given = node.meta.get("example_value", value(node))
             if getattr(given, "requires_grad", False):
                 return True
-        elif not is_call(node, aten.detach.default):
+        elif not (is_call(node, aten.detach.default) or reads_only_metadata(node)):
             todo.extend(node.all_input_nodes)
     return False
 

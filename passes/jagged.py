@@ -64,7 +64,7 @@ def as_unpadded(node: fx.Node) -> Unpadded | None:
 
 
 def read_offsets_at_their_source(graph: fx.Graph) -> None:
-    """dense_to_jagged returns the offsets that it was given: the next layer, which reads them there, reads its input."""
+    """dense_to_jagged returns the offsets that it was given: let the next layer, which reads those, read these."""
     for node in list(graph.nodes):
         if _name(node) in _UNPAD:
             for offsets in _parts(node, 1):

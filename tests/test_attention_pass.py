@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from hstu_compile.capture import capture
-from hstu_compile.passes import attention
+from hstu_compile.passes import apply, attention, parts
 from hstu_compile.passes.products import as_product
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
 from tests.fbgemm_stand_ins import in_plain_pytorch
 from tests.models import MODELS
 from tests.models.near_misses import NearMiss
+from tests.models.spellings import SPELLINGS, Spelled
 
 ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 
@@ -29,14 +30,13 @@ class Rewriter:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]):
         captured = capture(gm)
-        self.fused += attention.run(captured, self.report)
-        captured.graph.lint()
-        captured.recompile()
+        self.fused += apply(captured, self.report, ["attention"])
         self.graphs.append(captured)
         return captured.forward
 
     def calls(self, target: Any) -> list[fx.Node]:
-        return [node for gm in self.graphs for node in gm.graph.find_nodes(op="call_function", target=target)]
+        everywhere = [part for gm in self.graphs for part in parts(gm)]
+        return [node for gm in everywhere for node in gm.graph.find_nodes(op="call_function", target=target)]
 
     def said(self) -> str:
         return "\n".join(region.what for region in self.report.fused())
@@ -109,6 +109,9 @@ MISSES = {
     "dropout": "dropout on the attention weights",
     "scores returned": "the attention scores are returned",
     "learned mask": "needs a gradient",
+    "half masked before silu": "multiplied by a tensor over rows and columns before silu",
+    "added after silu": "something is added to the attention weights",
+    "fewer queries": "fewer queries than keys",
 }
 
 
@@ -139,3 +142,112 @@ def test_dropout_that_does_nothing_is_fused() -> None:
     model, rewriter = NearMiss("dropout").eval(), Rewriter()
     assert_same_numbers(model, torch.compile(model, backend=rewriter), (torch.randn(2, 6, 16),))
     assert rewriter.fused == 1
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str) -> None:
+    function, words = SPELLINGS[name]
+    model, rewriter = Spelled(function), Rewriter()
+    compiled = torch.compile(model, backend=rewriter)
+    for batch in (2, 3):
+        assert_same_numbers(model, compiled, (torch.randn(batch, 6, 16),))
+    assert len(rewriter.graphs) == 1
+    assert rewriter.fused == 1, str(rewriter.report)
+    assert words in rewriter.said()
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((1, 6, 16), 2), ((3, 6, 16), 1), ((1, 6, 16), 1), ((2, 1, 16), 2)])
+def test_dimensions_of_size_one(shape: tuple[int, ...], heads: int) -> None:
+    model, rewriter = Spelled(SPELLINGS["ellipsis"][0], heads=heads), Rewriter()
+    x = torch.randn(shape)
+    torch.testing.assert_close(torch.compile(model, backend=rewriter)(x), model(x))
+    assert rewriter.fused == 1
+
+
+@pytest.mark.parametrize("lengths", [[7], [0, 5, 0], [0, 0]])
+def test_one_and_empty_sequences(lengths: list[int]) -> None:
+    model, rewriter = MODELS["meta_stu"].model(), Rewriter()
+    x, offsets = torch.randn(sum(lengths), 16), torch.tensor([0, *lengths]).cumsum(0)
+    arguments = x, offsets, 12, torch.tensor(lengths).clamp(max=2)
+    torch.testing.assert_close(torch.compile(model, backend=rewriter)(*arguments), model(*arguments))
+    assert rewriter.fused == 1
+
+
+def test_max_seq_len_may_change() -> None:
+    model, rewriter = MODELS["meta_stu window"].model(), Rewriter()
+    compiled = torch.compile(model, backend=rewriter)
+    x, offsets, _, num_targets = MODELS["meta_stu window"].arguments(3)
+    for n in (12, 15, 20, 31):
+        assert_same_numbers(model, compiled, (x, offsets, n, num_targets))
+    assert len(rewriter.graphs) == rewriter.fused == 2  # static, then for every length
+
+
+@pytest.mark.parametrize("name", ["nvidia_native", "research unbroken", "key padding"])
+def test_autocast(name: str) -> None:
+    """The op runs in the dtype that autocast gives the second product, from inputs of whatever dtype."""
+    case, rewriter = MODELS[name], Rewriter()
+    model, arguments = case.model(), case.arguments(3)
+    compiled = torch.compile(model, backend=rewriter)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = (values_and_gradients(model, call, arguments) for call in (compiled, model))
+    exact = values_and_gradients(model, model, arguments)
+    for kind, m in enumerate((FORWARD, BACKWARD)):
+        for a, b, reference in zip(ours[kind], eager[kind], exact[kind], strict=True):
+            assert_within_budget(a, b, reference, m)
+    (call,) = rewriter.calls(ATTENTION)
+    assert call.meta["val"].dtype == torch.bfloat16
+
+
+class Uses(nn.Module):
+    """The output leaves in the layout that the product gave it; sizes of the scores are read elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT
+        out = nn.functional.silu(scores).tril() @ v
+        return out, out.view(-1, *out.shape[2:]), torch.zeros_like(scores), scores.new_ones(scores.size(-1))
+
+
+def test_strides_of_outputs_and_sizes_of_scores() -> None:
+    model, rewriter = Uses(), Rewriter()
+    compiled = torch.compile(model, backend=rewriter, dynamic=True)
+    for shape in ((3, 6, 16), (2, 9, 16)):
+        x = torch.randn(shape)
+        for ours, eager in zip(compiled(x), model(x), strict=True):
+            torch.testing.assert_close(ours, eager)
+            assert ours.stride() == eager.stride()
+    assert len(rewriter.graphs) == rewriter.fused == 1
+    assert not any(as_product(node) for node in rewriter.graphs[0].graph.nodes)
+
+
+def test_inside_a_checkpoint() -> None:
+    layer, rewriter = Spelled(SPELLINGS["ellipsis"][0]), Rewriter()
+
+    def model(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    x = torch.randn(2, 6, 16)
+    torch.testing.assert_close(torch.compile(model, backend=rewriter)(x), model(x))
+    assert rewriter.fused == len(rewriter.calls(ATTENTION)) == 1
+
+
+class Experts(nn.Module):
+    """Products around a silu, of activations with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 6)), nn.Parameter(torch.randn(3, 6, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(nn.functional.silu(torch.bmm(self.linear(x), self.up)), self.down)
+
+
+def test_an_mlp_is_no_attention_and_no_near_miss() -> None:
+    rewriter = Rewriter()
+    torch.compile(Experts(), backend=rewriter)(torch.randn(3, 6, 16))
+    assert not rewriter.report.regions

@@ -17,6 +17,8 @@ class NearMiss(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         b, n, e = x.shape
         q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        if self.kind == "fewer queries":
+            q = q[:, :, -2:]
         scores = q @ k.transpose(-1, -2) * 0.5
         keep = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         if self.kind == "hole":
@@ -28,6 +30,12 @@ class NearMiss(nn.Module):
             weights = torch.softmax(scores.masked_fill(~keep, -1e9), dim=-1)
         elif self.kind == "gelu":
             weights = F.gelu(scores) * keep
+        elif self.kind == "half masked before silu":
+            weights = F.silu(scores * (keep * 0.5))
+        elif self.kind == "added after silu":
+            weights = F.silu(scores) * keep + 0.1
+        elif self.kind == "fewer queries":
+            weights = F.silu(scores)
         elif self.kind == "second nonlinearity":
             weights = torch.tanh(F.silu(scores)) * keep
         else:
@@ -36,5 +44,5 @@ class NearMiss(nn.Module):
             weights = F.dropout(weights, 0.5, self.training)
         if self.kind == "learned mask":
             weights = weights * self.gate[:n, :n]
-        out = (weights @ v).transpose(1, 2).reshape(b, n, e)
+        out = (weights @ v).transpose(1, 2).flatten(2)
         return (out, scores) if self.kind == "scores returned" else out
