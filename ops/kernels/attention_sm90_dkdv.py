@@ -1,8 +1,8 @@
 """dk and dv of HSTU attention on Hopper in one kernel. (Head dims up to 128: at 256 they fill the registers.)
 
 A program owns KEYS keys and streams q and do. The scores are computed transposed, [keys, queries], so that p and ds
-come out of the tensor cores in the layout in which dv += pT do and dk += dsT q want their A operand, without a trip through
-shared memory.
+come out of the tensor cores in the layout in which dv += pT do and dk += dsT q want their A operand, without a trip
+through shared memory.
 """
 
 from hstu_compile.ops.kernels.attention_sm90_tiles import (

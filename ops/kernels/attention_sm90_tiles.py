@@ -1,7 +1,7 @@
 """What the Hopper attention kernels share: where a sequence lies, how its tiles come in, are masked and go out.
 
 Every input is one TMA descriptor over the rows of all sequences, with the strides of the tensor as it is. Two things
-come out of the hardware's bounds check as zeros: head dims between powers of two, and the rows beyond the end of a sequence.
+come out of the hardware's bounds check as zeros: head dims between powers of two, and rows beyond the end of a sequence.
 These belong to others or to nobody and may hold NaN; 0 * NaN is NaN, so masking the scores would not be enough.
 
 The bounds check ends at ROW_LIMIT, so a sequence is addressed from its end: its last row is row ROW_LIMIT - 1 of a
@@ -16,26 +16,6 @@ from typing import Any, NamedTuple
 from hstu_compile.ops.kernels.gluon_compat import async_load, gl, gluon, mbarrier
 from hstu_compile.ops.kernels.mask_intervals import live_in
 from hstu_compile.ops.kernels.mask_tiles import Mask
-
-ROW_LIMIT = 2^30:
-
-    L (2^34 - stride) + (start + length) stride + (L - length + row) stride = 2^64 + (start + row) stride
-"""
-
-from typing import Any, NamedTuple
-
-from hstu_compile.ops.kernels.gluon_compat import async_load, gl, gluon, mbarrier
-from hstu_compile.ops.kernels.mask_tiles import (
-    Mask,
-    in_spans,
-    is_exempt,
-    key_spans,
-    position,
-    query_spans,
-    shift,
-    window_bounds,
-    window_position,
-)
 
 ROW_LIMIT = gl.constexpr(1 << 30)
 
