@@ -98,7 +98,7 @@ class Call:
         self.device = q.device
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
-        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), shared_memory(q.device))
+        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *capability_and_memory(q.device))
         self.max_seq_len = max_seq_len
         self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
@@ -180,8 +180,9 @@ def unexpanded(t: Tensor) -> Tensor:
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def capability_and_memory(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, and bytes of shared memory that one program may use."""
+    if device.type != "cuda":  # the Triton interpreter
+        return (0, 0), 0
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin

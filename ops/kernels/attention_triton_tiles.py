@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
 # The largest that fit without spilling registers, from compiling for each target (tests/compile_only.py).
 # Shared memory a program may use, bytes -> largest head dimension -> tiles.
 HALF = {
-    227 << 10: {  # sm_90, sm_100
+    227 << 10: {  # sm_90
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
         256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
@@ -40,16 +40,21 @@ HALF = {
         256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
 }
-FLOAT = {  # fp32 products run outside the tensor cores, from registers
-    0: {
-        128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
-    },
+# sm_100 has the shared memory of sm_90, but its tensor cores read more operands from there.
+SM100 = {**HALF[227 << 10], 256: HALF[227 << 10][256]._replace(dk_dv=Tile(32, 64, 8, 2))}
+# fp32 products run outside the tensor cores, from registers, on every GPU.
+FLOAT = {
+    128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 
 
-def tiles_for(dtype: torch.dtype, head_dim: int, shared_memory: int) -> Tiles:
+def tiles_for(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], shared_memory: int) -> Tiles:
     """head_dim: the larger of attn_dim and hidden_dim, at most 256; shared_memory: bytes a program may use."""
-    by_memory = FLOAT if dtype == torch.float32 else HALF
-    by_dim = by_memory[max(memory for memory in by_memory if memory <= shared_memory)]
+    if dtype == torch.float32:
+        by_dim = FLOAT
+    elif capability[0] == 10:
+        by_dim = SM100
+    else:
+        by_dim = HALF[max(memory for memory in HALF if memory <= shared_memory)]
     return by_dim[min(dim for dim in by_dim if dim >= head_dim)]

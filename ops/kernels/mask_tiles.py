@@ -199,6 +199,7 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
         exempt_low = tl.maximum(exempt_low, low)
         exempt_high = tl.where(m.min_full_attn_seq_len > 0, high, 0)
         low = tl.maximum(low, window_low)
+        low = tl.where(exempt_high > 0, tl.minimum(low, exempt_low), low)
         high = tl.minimum(high, window_high)
     if family.TARGETS:
         # Keys that are all targets: history (if it looks ahead), then their own groups.
@@ -209,9 +210,7 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
             high = tl.where(only_targets, tl.minimum(high, group_high), high)
             exempt_high = tl.where(only_targets, tl.minimum(exempt_high, group_high), exempt_high)
         else:
-            history_low = tl.where(exempt_high > 0, tl.minimum(low, exempt_low), low)
             history_high = tl.where(exempt_high > 0, m.history_end, tl.minimum(high, m.history_end))
-            low = tl.where(only_targets, history_low, low)
             high = tl.where(only_targets, history_high, high)
             exempt_low = tl.where(only_targets, group_low, exempt_low)
             exempt_high = tl.where(only_targets, group_high, exempt_high)

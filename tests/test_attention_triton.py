@@ -1,0 +1,134 @@
+"""The portable Triton attention: its arithmetic (attention_triton_cases.py), and that it compiles for every target.
+
+python tests/test_attention_triton.py       # registers, spills and shared memory for every target and head dimension
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import compile_only
+import pytest
+import torch
+
+from hstu_compile.ops.kernels import attention_triton
+
+CASES = Path(__file__).with_name("attention_triton_cases.py")
+
+if torch.cuda.is_available():
+    pytest.register_assert_rewrite("attention_triton_cases")
+    from attention_triton_cases import *  # noqa: F403
+else:
+
+    def test_in_the_interpreter() -> None:
+        """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compile_attention(
+    capability: int, attn_dim: int, hidden_dim: int, dtype: torch.dtype, monkeypatch: Any, **arguments: Any
+) -> dict[str, compile_only.Resources]:
+    """What each kernel of a forward and a backward takes of a GPU, by the kernel's name."""
+    taken = {}
+
+    def compile_instead(kernel, device, programs, tile, **arguments) -> None:
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        arguments |= {"FAST": dtype != torch.float32, "ROWS": tile.rows, "COLS": tile.cols}
+        compiled = kernel.warmup(**arguments, **options, grid=(1,))
+        taken[kernel.__name__] = compile_only.resources(compiled)
+
+    gpu = divmod(capability, 10), compile_only.SHARED_MEMORY[capability]
+    monkeypatch.setattr(attention_triton, "launch", compile_instead)
+    monkeypatch.setattr(attention_triton, "capability_and_memory", lambda device: gpu)
+    q, v = (torch.empty(16, 2, dim, dtype=dtype) for dim in (attn_dim, hidden_dim))
+    per_sequence = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
+    sizes = dict.fromkeys(["contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"], 0)
+    arguments = {
+        **per_sequence,
+        **sizes,
+        "seq_offsets": torch.tensor([0, 16]),
+        "max_seq_len": 16,
+        "alpha": 0.5,
+        "scale": 0.1,
+        "causal": True,
+        "target_group_size": 1,
+        "targets_share_position": False,
+        **arguments,
+    }
+    with compile_only.target(capability):
+        attention_triton.forward(q, q, v, **arguments)
+        needs_bias_grad = arguments["attn_bias"] is not None
+        attention_triton.backward(v, q, q, v, **arguments, needs_bias_grad=needs_bias_grad)
+    return taken
+
+
+@pytest.mark.parametrize(
+    "capability, dim",
+    [*((capability, 256) for capability in compile_only.SHARED_MEMORY), (90, 64), (90, 128), (86, 128)],
+)
+def test_compiles_without_spills(capability: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = compile_attention(capability, dim, dim, torch.bfloat16, monkeypatch)
+    assert list(taken) == ["forward_kernel", "dq_kernel", "dk_dv_kernel"]
+    for kernel, resources in taken.items():
+        assert resources.shared <= compile_only.SHARED_MEMORY[capability], kernel
+        assert resources.spilled == 0, kernel
+
+
+@pytest.mark.parametrize("capability, dtype", [(86, torch.bfloat16), (90, torch.bfloat16), (86, torch.float32)])
+def test_a_bias_fits_at_the_largest_head_dim(capability: int, dtype: torch.dtype, monkeypatch) -> None:
+    taken = compile_attention(capability, 256, 256, dtype, monkeypatch, attn_bias=torch.empty(1, 1, 16, 16))
+    assert list(taken) == ["forward_kernel", "dq_kernel", "dk_dv_kernel", "dbias_kernel"]
+    for kernel, resources in taken.items():
+        assert resources.shared <= compile_only.SHARED_MEMORY[capability], kernel
+
+
+def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T, B, max_seq_len, window, contextual and group sizes: whatever their values, multiples of 16 and 1 included."""
+    compiled = set()
+
+    def record(kernel, device, programs, tile, **arguments) -> None:
+        compiled.add(kernel.warmup(**arguments, ROWS=64, COLS=64, num_warps=4, num_stages=2, grid=(1,)).hash)
+
+    monkeypatch.setattr(attention_triton, "launch", record)
+    with compile_only.target(90):
+        for T, B, N, size in ((1, 1, 1, 1), (16, 16, 16, 16), (37, 3, 17, 5)):
+            q = torch.empty(T, 16, 64, dtype=torch.bfloat16)
+            arguments = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
+            attention_triton.forward(
+                q, q, q, **arguments, seq_offsets=torch.zeros(B + 1, dtype=torch.int64), max_seq_len=N,
+                alpha=1.0 * size, scale=1.0, causal=True, contextual_seq_len=size, target_group_size=size, max_attn_len=size,
+                min_full_attn_seq_len=size, targets_share_position=False,
+            )  # fmt: skip
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"capability": (7, 5)}, "compute capability 8.0"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"attn_dim": 512}, "attn_dim from 1 to 256, got 512"),
+        ({"hidden_dim": 257}, "hidden_dim from 1 to 256, got 257"),
+        ({"capability": (12, 0), "attn_dim": 256, "dtype": torch.float32, "has_mask": True, "has_bias": True}, None),
+    ],
+)
+def test_unsupported(change: dict, reason: str | None) -> None:
+    call = {"dtype": torch.bfloat16, "attn_dim": 64, "hidden_dim": 64, "has_mask": False, "has_bias": False, **change}
+    said = attention_triton.unsupported(call.pop("capability", (8, 0)), **call)
+    assert said is None if reason is None else reason in said
+
+
+if __name__ == "__main__":
+    for capability in compile_only.SHARED_MEMORY:
+        for dim in (64, 128, 256):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                bias = torch.empty(1, 1, 16, 16)
+                for title, arguments in (("plain", {}), ("bias", {"attn_bias": bias})):
+                    taken = compile_attention(capability, dim, dim, torch.bfloat16, monkeypatch, **arguments)
+                    for kernel, resources in taken.items():
+                        print(f"sm_{capability} dim {dim} {title}: {kernel} {resources}", flush=True)
