@@ -178,8 +178,7 @@ def test_masks(mask: str) -> None:
     check(*tensors, {**arguments, **MASKS[mask]})
 
 
-@pytest.mark.parametrize("layout", ["rows first", "heads first"])
-@pytest.mark.parametrize("mask", ["causal", "everything"])
+@pytest.mark.parametrize("layout, mask", [("rows first", "causal"), ("heads first", "everything")])
 def test_dense(layout: str, mask: str) -> None:
     *tensors, arguments = inputs(layout, 16, 32, torch.float32)
     check(*tensors, {**arguments, **MASKS[mask]})
@@ -192,8 +191,7 @@ def test_head_dims(dims: tuple[int, int], dtype: torch.dtype) -> None:
     check(*tensors, arguments)
 
 
-@pytest.mark.parametrize("batches", [1, B])
-@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("batches, heads", [(1, 1), (B, 1), (B, H)])
 def test_bias(batches: int, heads: int) -> None:
     *tensors, arguments = inputs("jagged", 16, 16, torch.float32)
     bias = torch.randn(batches, heads, N, N, device=DEVICE)
@@ -322,8 +320,8 @@ def masks(draw):
     }
 
 
-@settings(max_examples=1000 if GPU else 100)
-@example({"length": 21, "causal": False, "max_attn_len": 1, "min_full_attn_seq_len": 6}, rows=4, cols=4)
+@settings(max_examples=1000 if GPU else 60)
+@example(mask={"length": 21, "causal": False, "max_attn_len": 1, "min_full_attn_seq_len": 6}, rows=4, cols=4)
 @given(mask=masks(), rows=st.sampled_from([4, 8]), cols=st.sampled_from([4, 8]))
 def test_tiles_cover_the_mask(mask: dict, rows: int, cols: int) -> None:
     """Live tiles are visited once, dead ones at most once; whole tiles are whole; the cells are the formula's."""

@@ -15,6 +15,7 @@ import torch
 
 from hstu_compile.ops.kernels import attention_triton
 
+NOTHING = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
 CASES = Path(__file__).with_name("attention_triton_cases.py")
 
 if torch.cuda.is_available():
@@ -45,10 +46,9 @@ def compile_attention(
     monkeypatch.setattr(attention_triton, "launch", compile_instead)
     monkeypatch.setattr(attention_triton, "capability_and_memory", lambda device: gpu)
     q, v = (torch.empty(16, 2, dim, dtype=dtype) for dim in (attn_dim, hidden_dim))
-    per_sequence = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
     sizes = dict.fromkeys(["contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"], 0)
     arguments = {
-        **per_sequence,
+        **NOTHING,
         **sizes,
         "seq_offsets": torch.tensor([0, 16]),
         "max_seq_len": 16,
@@ -97,11 +97,12 @@ def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) ->
     with compile_only.target(90):
         for T, B, N, size in ((1, 1, 1, 1), (16, 16, 16, 16), (37, 3, 17, 5)):
             q = torch.empty(T, 16, 64, dtype=torch.bfloat16)
-            arguments = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
+            runtime = dict.fromkeys(
+                ["contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len"], size
+            )
             attention_triton.forward(
-                q, q, q, **arguments, seq_offsets=torch.zeros(B + 1, dtype=torch.int64), max_seq_len=N,
-                alpha=1.0 * size, scale=1.0, causal=True, contextual_seq_len=size, target_group_size=size, max_attn_len=size,
-                min_full_attn_seq_len=size, targets_share_position=False,
+                q, q, q, **NOTHING, **runtime, seq_offsets=torch.zeros(B + 1, dtype=torch.int64), max_seq_len=N,
+                alpha=1.0 * size, scale=1.0, causal=True, targets_share_position=False,
             )  # fmt: skip
     assert len(compiled) == 1
 

@@ -1,4 +1,4 @@
-"""Tile sizes of the portable attention kernels: a table by the GPU's shared memory and the head dimensions, no tuning."""
+"""Tile sizes of the portable attention kernels: by the GPU's shared memory and the head dimensions, without tuning."""
 
 from typing import NamedTuple
 
