@@ -1,7 +1,7 @@
 """The mask as intervals (ops/kernels/mask_intervals.py) against the formula of ops/attention_mask.py, cell by cell.
 
-`test_sm90_compiles.py` runs this in the Triton interpreter, in a process of its own: triton reads TRITON_INTERPRET when it
-is imported.
+`test_sm90_compiles.py` runs this in the Triton interpreter, in a process of its own: triton reads TRITON_INTERPRET when
+it is imported.
 """
 
 import os
@@ -54,7 +54,7 @@ def sequences(draw) -> dict:
 
 
 @given(sequences(), st.booleans())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_intervals_are_the_formula(sequence: dict, keys_first: bool) -> None:
     length = sequence.pop("length")
     position = torch.arange(SIZE)

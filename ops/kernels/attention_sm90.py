@@ -16,16 +16,7 @@ MAX_DIM = 256
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
 MAX_COORDINATE = 0x7FFF0000
 ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
-BATCH_ARGUMENTS = (
-    "seq_offsets",
-    "seq_lengths",
-    "num_targets",
-    "num_contextuals",
-    "contextual_seq_len",
-    "target_group_size",
-    "max_attn_len",
-    "min_full_attn_seq_len",
-)
+MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
 # By head dim, filled up to one of these.
 FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4)}  # BLOCK_R per consumer, BLOCK_C, STAGES
@@ -70,7 +61,7 @@ class Launch(NamedTuple):
 
 class Kernels(NamedTuple):
     compat: ModuleType
-    batch: Any
+    per_sequence: Any
     family: Any
     forward: Any
     product: Any
@@ -84,10 +75,10 @@ def kernels() -> Kernels:
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_forward import forward_kernel
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
-    from hstu_compile.ops.kernels.attention_sm90_tiles import Batch
+    from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, Batch, Family, forward_kernel, product_kernel, dkdv_kernel)
+    return Kernels(gluon_compat, PerSequence, Family, forward_kernel, product_kernel, dkdv_kernel)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -129,7 +120,7 @@ def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **c
     tiles_per_seq = math.ceil(call["max_seq_len"] / (2 * rows))
     tiles = tiles_per_seq * heads_in(q, call)
     arguments = (describe(q, rows, width), describe(k, cols, width), describe(v, cols, width))
-    arguments += (out, row_width(out), half_alpha, scale, batch, tiles_per_seq, tiles)
+    arguments += (out, row_width(out), half_alpha, scale, *batch, tiles_per_seq, tiles)
     constants = {"DIM": v.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols, "STAGES": stages}
     constants |= {"FAMILY": family_of(call), "num_warps": 4, "maxnreg": 168}
     return [Launch(kernels().forward, min(sms, tiles), arguments, constants)]
@@ -155,7 +146,7 @@ def backward_launches(
     tiles_per_seq = math.ceil(call["max_seq_len"] / keys)
     arguments = (describe(q, queries, width), describe(k, keys, width))
     arguments += (describe(v, keys, width), describe(dout, queries, width))
-    arguments += (dk, dv, row_width(dk), row_width(dv), half_alpha, factor, scale, batch, tiles_per_seq)
+    arguments += (dk, dv, row_width(dk), row_width(dv), half_alpha, factor, scale, *batch, tiles_per_seq)
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
     constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call), "num_warps": 8}
     return [Launch(kernels().dkdv, tiles_per_seq * heads_in(q, call), arguments, constants), dq_launch]
@@ -163,13 +154,13 @@ def backward_launches(
 
 def product(
     a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, width: int, tiles: tuple[int, int, int, int],
-    half_alpha: float, factor: float, batch: Any, call: dict[str, Any], grad: bool, keys_resident: bool,
+    half_alpha: float, factor: float, batch: tuple, call: dict[str, Any], grad: bool, keys_resident: bool,
 ) -> Launch:  # fmt: skip
     rows, cols, b_stages, c_stages = tiles
     tiles_per_seq = math.ceil(call["max_seq_len"] / rows)
     arguments = (describe(a, rows, width), describe(da, rows, width))
     arguments += (describe(b, cols, width), describe(c, cols, width))
-    arguments += (out, row_width(out), half_alpha, factor, batch, tiles_per_seq)
+    arguments += (out, row_width(out), half_alpha, factor, *batch, tiles_per_seq)
     constants = {"DIM": out.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols}
     constants |= {"B_STAGES": b_stages, "C_STAGES": c_stages, "GRAD": grad, "KEYS_RESIDENT": keys_resident}
     constants |= {"FAMILY": family_of(call), "num_warps": 8}
@@ -191,14 +182,10 @@ def heads_in(q: Tensor, call: dict[str, Any]) -> int:
     return q.shape[-2] * (q.shape[0] if offsets is None else offsets.shape[0] - 1)
 
 
-def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> Any:
-    """The kernels' `batch`: the same fields wherever they come from."""
-    return kernels().batch(
-        N=call["max_seq_len"],
-        batch_rows=batch_rows,
-        num_heads=q.shape[-2],
-        **{name: call[name] for name in BATCH_ARGUMENTS},
-    )
+def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
+    """The kernels' arguments `each` to `min_full_attn_seq_len`, the same wherever the sequences lie."""
+    each = kernels().per_sequence(*(call[name] for name in kernels().per_sequence._fields))
+    return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
 
 
 def is_ragged(call: dict[str, Any]) -> bool:

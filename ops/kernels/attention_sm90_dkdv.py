@@ -7,6 +7,7 @@ through shared memory.
 
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
+    Batch,
     live_tile,
     load_tile,
     mask_of,
@@ -87,11 +88,15 @@ def stream(
 @gluon.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
     q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
-    batch, tiles_per_seq, FAMILY: gl.constexpr,
+    each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
+    tiles_per_seq, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
     KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program a tile of KEYS keys of a head; the first keys see the most queries: longest first."""
+    batch = Batch(
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+    )
     index = gl.program_id(0) // tiles_per_seq
     sequence = sequence_of(index, batch)
     key0 = gl.program_id(0) % tiles_per_seq * KEYS

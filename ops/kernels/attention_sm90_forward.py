@@ -7,6 +7,7 @@ halves move in step.)
 
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
+    Batch,
     live_tile,
     load_tile,
     mask_of,
@@ -124,11 +125,15 @@ def consumer(
 @gluon.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     q_desc, k_desc, v_desc, out, row_stride, half_alpha, factor,
-    batch, tiles_per_seq, total_tiles, FAMILY: gl.constexpr,
+    each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
+    tiles_per_seq, total_tiles, FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """out = factor * silu(q kT) v over the live cells; programs share the output tiles of 2 * BLOCK_R rows."""
+    batch = Batch(
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+    )
     dtype: gl.constexpr = q_desc.dtype
     q = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_R, 1, D], q_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_C, 1, D], k_desc.layout)

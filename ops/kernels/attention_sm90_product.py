@@ -11,6 +11,7 @@ under the product of this one; P stays in registers as the A operand of the seco
 
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
+    Batch,
     live_tile,
     load_tile,
     mask_of,
@@ -163,12 +164,16 @@ def stream(
 @gluon.jit(do_not_specialize=RUNTIME)
 def product_kernel(
     a_desc, da_desc, b_desc, c_desc, out, row_stride, half_alpha, factor,
-    batch, tiles_per_seq, FAMILY: gl.constexpr,
+    each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
+    tiles_per_seq, FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr,
     B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr, KEYS_RESIDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """out[rows] = factor * sum over the streamed tiles; one program a tile of BLOCK_R rows of a head."""
+    batch = Batch(
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+    )
     pid = gl.program_id(0)
     index = pid // tiles_per_seq
     sequence = sequence_of(index, batch)

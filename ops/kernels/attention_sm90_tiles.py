@@ -1,7 +1,7 @@
 """What the Hopper attention kernels share: where a sequence lies, how its tiles come in, are masked and go out.
 
 Every input is one TMA descriptor over the rows of all sequences, with the strides of the tensor as it is. Two things
-come out of the hardware's bounds check as zeros: head dims between powers of two, and rows beyond the end of a sequence.
+come out of the hardware's bounds check as zeros: head dims between powers of two, rows beyond the end of a sequence.
 These belong to others or to nobody and may hold NaN; 0 * NaN is NaN, so masking the scores would not be enough.
 
 The bounds check ends at ROW_LIMIT, so a sequence is addressed from its end: its last row is row ROW_LIMIT - 1 of a
@@ -20,16 +20,32 @@ from hstu_compile.ops.kernels.mask_tiles import Mask
 ROW_LIMIT = gl.constexpr(1 << 30)
 
 # Arguments that change from call to call; never a reason to compile again.
-RUNTIME = ["batch", "tiles_per_seq", "total_tiles"]
+RUNTIME = [
+    "N",
+    "batch_rows",
+    "num_heads",
+    "tiles_per_seq",
+    "total_tiles",
+    "contextual_seq_len",
+    "target_group_size",
+    "max_attn_len",
+    "min_full_attn_seq_len",
+]
 
 
-class Batch(NamedTuple):
-    """The sequences of a call and the mask they share: pointers or None, and sizes."""
+class PerSequence(NamedTuple):
+    """What there is a value of for each sequence: pointers or None."""
 
     seq_offsets: Any
     seq_lengths: Any
     num_targets: Any
     num_contextuals: Any
+
+
+class Batch(NamedTuple):
+    """The sequences of a call and the mask they share."""
+
+    each: PerSequence
     N: Any
     batch_rows: Any  # dense: rows from one sequence to the next in the inputs
     num_heads: Any
@@ -53,19 +69,19 @@ class Sequence(NamedTuple):
 @gluon.jit
 def first_row(z, batch):
     """Of sequence z in the inputs."""
-    if batch.seq_offsets is not None:
-        return gl.load(batch.seq_offsets + z).to(gl.int32)
+    if batch.each.seq_offsets is not None:
+        return gl.load(batch.each.seq_offsets + z).to(gl.int32)
     else:
         return z * batch.batch_rows
 
 
 @gluon.jit
 def length_of(z, batch):
-    if batch.seq_offsets is not None:
-        start = gl.load(batch.seq_offsets + z).to(gl.int32)
-        return gl.minimum(gl.load(batch.seq_offsets + z + 1).to(gl.int32) - start, batch.N)
-    elif batch.seq_lengths is not None:
-        return gl.load(batch.seq_lengths + z).to(gl.int32)
+    if batch.each.seq_offsets is not None:
+        start = gl.load(batch.each.seq_offsets + z).to(gl.int32)
+        return gl.minimum(gl.load(batch.each.seq_offsets + z + 1).to(gl.int32) - start, batch.N)
+    elif batch.each.seq_lengths is not None:
+        return gl.load(batch.each.seq_lengths + z).to(gl.int32)
     else:
         return batch.N
 
@@ -76,7 +92,7 @@ def sequence_of(index, batch):
     z = index // batch.num_heads
     start = first_row(z, batch)
     length = length_of(z, batch)
-    if batch.seq_offsets is not None:
+    if batch.each.seq_offsets is not None:
         return Sequence(z, start, index % batch.num_heads, length, start.to(gl.int64), length)
     else:
         return Sequence(z, start, index % batch.num_heads, length, z.to(gl.int64) * batch.N, batch.N)
@@ -87,11 +103,11 @@ def mask_of(z, batch):
     """The mask of sequence z."""
     length = length_of(z, batch)
     history_end = length
-    if batch.num_targets is not None:
-        history_end = length - gl.load(batch.num_targets + z).to(gl.int32)
+    if batch.each.num_targets is not None:
+        history_end = length - gl.load(batch.each.num_targets + z).to(gl.int32)
     contextual = batch.contextual_seq_len
-    if batch.num_contextuals is not None:
-        contextual = gl.load(batch.num_contextuals + z).to(gl.int32)
+    if batch.each.num_contextuals is not None:
+        contextual = gl.load(batch.each.num_contextuals + z).to(gl.int32)
     return Mask(
         length, history_end, contextual, batch.target_group_size, batch.max_attn_len, batch.min_full_attn_seq_len
     )
