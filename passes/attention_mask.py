@@ -41,6 +41,7 @@ def identify(
         True compares all max_seq_len x max_seq_len cells with what the op does there.
     No terms: every cell is live.
 
+    Values are computed here: not to be called under a FakeTensorMode.
     Equal means: wherever 0 <= contextual, 0 <= targets and contextual + targets <= length, the family's own domain.
     """
     if not terms:

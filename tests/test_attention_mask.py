@@ -260,6 +260,25 @@ def test_sizes_of_the_graph_are_parameters():
     assert "window window_1 from the end of history" in found.words
 
 
+def test_sizes_that_coincide():
+    def mask(lengths, n):
+        valid = j(n) < lengths.view(-1, 1)
+        return valid.unsqueeze(2) & valid.unsqueeze(1) & (i(n) >= j(n))
+
+    for mode in MODES:  # a batch of one, whose only index is also that of a broadcast dimension
+        found = read(mask, torch.tensor([5]), 12, mode=mode)
+        assert isinstance(found, MaskMeaning) and found.causal and input_name(found.seq_lengths) == "lengths"
+    # As many sequences as positions: one symbol for both.
+    gm = make_fx(lambda lengths, x: mask(lengths, x.size(0)), pre_dispatch=True, tracing_mode="symbolic")(
+        torch.arange(8), torch.ones(8, 2)
+    )
+    lengths, x = gm.graph.find_nodes(op="placeholder")
+    (node,) = gm.graph.output_node().all_input_nodes
+    sizes = {"batch_size": lengths.meta["val"].shape[0], "max_seq_len": x.meta["val"].shape[0], "num_heads": 1}
+    found = identify([MaskTerm(node, ("b", "i", "j"))], **sizes, seq_offsets=None, padding_matters=True)
+    assert found == MaskMeaning(causal=True, seq_lengths=lengths)
+
+
 def test_a_window_longer_than_the_captured_length_is_found():
     meaning = read(lambda n: (i(n) >= j(n)) & (i(n) - j(n) <= 100), 16, batch=2)
     assert isinstance(meaning, MaskMeaning) and meaning.max_attn_len == 100
