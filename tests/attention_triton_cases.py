@@ -241,11 +241,14 @@ def test_silu_far_from_zero() -> None:
     q = torch.full((4, 1, 16), 100.0, device=DEVICE)
     bias = torch.tensor([-1e9, torch.finfo(torch.float32).min, -200000.0, 1e4], device=DEVICE).expand(1, 1, 4, 4)
     arguments = {**ARGUMENTS, "seq_offsets": tensor([0, 4]), "max_seq_len": 4, "alpha": 1.0, "causal": False}
-    out = attention_triton.forward(q, q, q, **{**arguments, "scale": 1.0, "attn_bias": bias})
-    want = hstu_attention_reference(
-        q.double(), q.double(), q.double(), **{**arguments, "attn_bias": bias.double()}, scaling_seq_len=1.0
-    )
-    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=0)
+    call = {**arguments, "scale": 1.0}
+    out = attention_triton.forward(q, q, q, **{**call, "attn_bias": bias})
+    arguments |= {"scaling_seq_len": 1.0, "attn_bias": bias}
+    eager = eager_attention(q, q, q, **arguments)
+    want = hstu_attention_reference(*[q.double()] * 3, **{**arguments, "attn_bias": bias.double()})
+    assert_within_budget(out, eager, want, FORWARD)
+    dead = attention_triton.forward(q, q, q, **{**call, "attn_bias": torch.full_like(bias, -1e9)})
+    assert torch.equal(dead, torch.zeros_like(dead))
 
 
 SIZE = 32  # cells of a side in the tests of mask_tiles

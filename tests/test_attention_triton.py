@@ -13,7 +13,7 @@ import compile_only
 import pytest
 import torch
 
-from hstu_compile.ops.kernels import attention_triton
+from hstu_compile.ops.kernels import attention_triton, mask_occupancy
 
 NOTHING = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
 CASES = Path(__file__).with_name("attention_triton_cases.py")
@@ -36,7 +36,7 @@ def compile_attention(
     """What each kernel of a forward and a backward takes of a GPU, by the kernel's name."""
     taken = {}
 
-    def compile_instead(kernel, device, programs, tile, **arguments) -> None:
+    def compile_instead(kernel, like, programs, tile, **arguments) -> None:
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         arguments |= {"FAST": dtype != torch.float32, "ROWS": tile.rows, "COLS": tile.cols}
         compiled = kernel.warmup(**arguments, **options, grid=(1,))
@@ -86,11 +86,31 @@ def test_a_bias_fits_at_the_largest_head_dim(capability: int, dtype: torch.dtype
         assert resources.shared <= compile_only.SHARED_MEMORY[capability], kernel
 
 
+def test_everything_at_once_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every clause of the mask, a mask tensor and a bias; and the kernel that finds the mask's occupied tiles."""
+
+    def occupied_tiles(mask, rows, cols) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes = {"ROWS": rows, "COLS": cols, "CHUNK": min(cols, 64)}
+        lists = torch.empty(1, 1, 1, 1, dtype=torch.int32), torch.empty(1, 1, 1, 2, dtype=torch.int32)
+        compiled = mask_occupancy.occupied_tiles_kernel.warmup(mask, mask.stride(), *lists, 16, 1, **sizes, grid=(1,))
+        assert compile_only.resources(compiled).spilled == 0
+        return lists
+
+    monkeypatch.setattr(attention_triton, "occupied_tiles", occupied_tiles)
+    counts = torch.ones(1, dtype=torch.int64)
+    runtime = {"max_attn_len": 3, "min_full_attn_seq_len": 2, "target_group_size": 2, "targets_share_position": True}
+    cells = {"attn_mask": torch.empty(1, 1, 16, 16, dtype=torch.bool), "attn_bias": torch.empty(1, 2, 16, 16)}
+    taken = compile_attention(
+        120, 96, 128, torch.float16, monkeypatch, num_targets=counts, num_contextuals=counts, **runtime, **cells
+    )
+    assert all(resources.shared <= compile_only.SHARED_MEMORY[120] for resources in taken.values())
+
+
 def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """T, B, max_seq_len, window, contextual and group sizes: whatever their values, multiples of 16 and 1 included."""
     compiled = set()
 
-    def record(kernel, device, programs, tile, **arguments) -> None:
+    def record(kernel, like, programs, tile, **arguments) -> None:
         compiled.add(kernel.warmup(**arguments, ROWS=64, COLS=64, num_warps=4, num_stages=2, grid=(1,)).hash)
 
     monkeypatch.setattr(attention_triton, "launch", record)

@@ -1,4 +1,4 @@
-"""Makes the Triton interpreter (TRITON_INTERPRET=1) take loop bounds from arguments under numpy >= 2.4. Import it first.
+"""Lets the Triton interpreter (TRITON_INTERPRET=1) take loop bounds from arguments under numpy >= 2.4. Import it first.
 
 Its scalars are arrays of one element, and int() of those is now an error; read in triton 3.6.
 """

@@ -95,7 +95,7 @@ class Call:
         min_full_attn_seq_len: int,
         targets_share_position: bool,
     ) -> None:
-        self.device = q.device
+        self.q = q
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *capability_and_memory(q.device))
@@ -110,11 +110,11 @@ class Call:
             "mask": None if self.attn_mask is None else self.cells(self.attn_mask),
             "bias": None if attn_bias is None else self.cells(attn_bias),
             "family": Family(
-                CAUSAL=tl.constexpr(causal),
-                CONTEXT=tl.constexpr(num_contextuals is not None or contextual_seq_len != 0),
-                TARGETS=tl.constexpr(num_targets is not None),
-                WINDOW=tl.constexpr(max_attn_len != 0),
-                SHARED=tl.constexpr(targets_share_position and num_targets is not None),
+                CAUSAL=constant(causal),
+                CONTEXT=constant(num_contextuals is not None or contextual_seq_len != 0),
+                TARGETS=constant(num_targets is not None),
+                WINDOW=constant(max_attn_len != 0),
+                SHARED=constant(targets_share_position and num_targets is not None),
             ),
             "N": max_seq_len,
             "num_heads": self.num_heads,
@@ -131,7 +131,7 @@ class Call:
     def rows(t: Tensor) -> Rows:
         batch_stride = t.stride(0) if t.dim() == 4 else 0
         dim = t.shape[-1]
-        return Rows(t, batch_stride, t.stride(-3), t.stride(-2), tl.constexpr(dim), tl.constexpr(block_of(dim)))
+        return Rows(t, batch_stride, t.stride(-3), t.stride(-2), constant(dim), constant(block_of(dim)))
 
     def cells(self, t: Tensor) -> Cells:
         if t.dtype == torch.bool:
@@ -148,24 +148,31 @@ class Call:
             visits, ranks = occupied_tiles(self.attn_mask.mT if by_keys else self.attn_mask, resident, streamed)
             lists = dict(zip(lists, (visits, ranks, *visits.shape[:2]), strict=True))
         programs = triton.cdiv(self.max_seq_len, resident) * self.num_heads * self.num_sequences
-        launch(kernel, self.device, programs, tile, **self.shared, **operands, **lists)
+        launch(kernel, self.q, programs, tile, **self.shared, **operands, **lists)
 
     def launch_dbias(self, dbias: Tensor, dout_rows: Rows, tile: Tile) -> None:
         bias_batches, bias_heads, N, _ = dbias.shape
         programs = bias_batches * bias_heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
         sizes = {"num_sequences": self.num_sequences, "bias_batches": bias_batches, "bias_heads": bias_heads}
-        launch(dbias_kernel, self.device, programs, tile, **self.shared, dout_rows=dout_rows, dbias_ptr=dbias, **sizes)
+        launch(dbias_kernel, self.q, programs, tile, **self.shared, dout_rows=dout_rows, dbias_ptr=dbias, **sizes)
 
 
-def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, **arguments: Any) -> None:
+def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: Any) -> None:
     if programs == 0:
         return
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+    with torch.cuda.device_of(like):
         kernel[(programs,)](
             **arguments, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=tile.num_stages
         )
 
 
+@functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1
+def constant(value: int | bool) -> tl.constexpr:
+    """One object a value: Triton finds a compiled kernel sooner by identity than by comparing."""
+    return tl.constexpr(value)
+
+
+@functools.cache
 def block_of(dim: int) -> int:
     """The width in which tl.dot takes a head dimension."""
     return max(16, triton.next_power_of_2(dim))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N", "num_heads"])
-def _occupied_tiles(
+def occupied_tiles_kernel(
     mask_ptr, strides, visits_ptr, ranks_ptr, N, num_heads, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr
 ):
     """One program a row of tiles, in order, so that `visits` comes out sorted."""
@@ -43,11 +43,16 @@ def occupied_tiles(mask: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     visits[b, h, r, i] = 2 * c + w for the i-th column tile c that holds a nonzero cell, w = 1 if all its cells are 1.
     ranks[b, h, r, c] = how many column tiles before c hold one: those in [c0, c1) are visits[ranks[c0] : ranks[c1]].
     """
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
     B, H, N, _ = mask.shape
     row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
     visits = torch.empty(B, H, row_tiles, col_tiles, dtype=torch.int32, device=mask.device)
     ranks = torch.empty(B, H, row_tiles, col_tiles + 1, dtype=torch.int32, device=mask.device)
-    grid = (B * H * row_tiles,)
-    if B * H * row_tiles:
-        _occupied_tiles[grid](mask, mask.stride(), visits, ranks, N, H, ROWS=rows, COLS=cols, CHUNK=min(cols, 64))
+    if visits.numel():
+        with torch.cuda.device_of(mask):
+            grid = (B * H * row_tiles,)
+            occupied_tiles_kernel[grid](
+                mask, mask.stride(), visits, ranks, N, H, ROWS=rows, COLS=cols, CHUNK=min(cols, 64)
+            )
     return visits, ranks
