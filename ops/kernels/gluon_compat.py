@@ -15,7 +15,13 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia import hopper
+
+    class TensorDescriptor(hopper.TensorDescriptor):
+        """Without the checks of every call: attention_sm90 makes sure of what they check."""
+
+        def __post_init__(self) -> None:
+            pass
 
     # 3.6 and 3.7 say async_copy_global_to_shared; 3.8 replaced it by async_load, with the same arguments.
     async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
