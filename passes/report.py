@@ -34,6 +34,7 @@ class Report:
     """All decisions for one captured graph."""
 
     regions: list[Region] = field(default_factory=list)
+    recomputed: list[str] = field(default_factory=list)  # what the backward computes again, and where it stands
 
     def add(self, region: Region) -> None:
         self.regions.append(region)
@@ -45,7 +46,8 @@ class Report:
         return [r for r in self.regions if not r.fused and pass_name in (None, r.pass_name)]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.regions)) or "nothing in this graph looked like a part of an HSTU layer"
+        lines = [*map(str, self.regions), *(f"recomputed in the backward  {what}" for what in self.recomputed)]
+        return "\n".join(lines) or "nothing in this graph looked like a part of an HSTU layer"
 
 
 def source_line(node: fx.Node) -> str:
