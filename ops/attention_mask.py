@@ -6,7 +6,7 @@ Every implementation of the mask (reference, kernels, recogniser) is tested agai
 import torch
 from torch import Tensor
 
-IntOrTensor = int | torch.SymInt | Tensor
+IntOrTensor = int | Tensor  # an int may be symbolic
 
 
 def attention_mask(

@@ -29,9 +29,9 @@ ATTN_BIAS = 3 + PARAMETERS.index("attn_bias")
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? seq_offsets, Tensor? seq_lengths, Tensor? num_targets, "
-    "Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, SymInt max_seq_len, float alpha, Scalar scaling_seq_len, bool causal, "
-    "SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, SymInt min_full_attn_seq_len, "
-    "bool targets_share_position"
+    "Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, SymInt max_seq_len, float alpha, "
+    "Scalar scaling_seq_len, bool causal, SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, "
+    "SymInt min_full_attn_seq_len, bool targets_share_position"
 )
 torch.library.define("hstu_compile::hstu_attention", f"({SCHEMA}) -> Tensor")
 torch.library.define(
@@ -167,8 +167,8 @@ def _forward(q, k, v, *args):
 
 @torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
 def _backward_impl(dout, q, k, v, *args):
-    *args, needs_bias_grad = args
-    named = dict(zip(PARAMETERS, args, strict=True))
+    named = dict(zip(PARAMETERS, args[:-1], strict=True))
+    needs_bias_grad = args[-1]
     kernel = _kernel(q, v, named)
     if kernel.is_reference:
         grads = hstu_attention_backward_reference(dout, q, k, v, **named, needs_bias_grad=needs_bias_grad)
@@ -181,7 +181,7 @@ def _backward_impl(dout, q, k, v, *args):
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.others = [], []
-    for i, value in enumerate(inputs):
+    for value in inputs:
         is_tensor = isinstance(value, Tensor)
         tensors.extend([value] if is_tensor else [])
         ctx.others.append(None if is_tensor else (value,))

@@ -76,37 +76,37 @@ def check_attention_arguments(
     _same(k.shape[-1], q.shape[-1], "the shape of k", tuple(k.shape), f"that of q, {tuple(q.shape)}")
 
     expect(not (jagged and seq_lengths is not None), "seq_lengths", "given", "None when seq_offsets are given")
-    if jagged:
+    if seq_offsets is not None:
         batch = seq_offsets.shape[0] - 1
     else:
         batch = q.shape[0]
         _same(q.shape[1], max_seq_len, "max_seq_len", max_seq_len, f"N = {q.shape[1]} of the dense q")
     counts = (("seq_lengths", seq_lengths), ("num_targets", num_targets), ("num_contextuals", num_contextuals))
-    for name, t in (("seq_offsets", seq_offsets), *counts):
-        if t is None:
+    for name, count in (("seq_offsets", seq_offsets), *counts):
+        if count is None:
             continue
-        expect(t.dim() == 1, f"the shape of {name}", tuple(t.shape), "one dimension")
-        expect(t.dtype in (torch.int32, torch.int64), f"the dtype of {name}", t.dtype, "int32 or int64")
-        expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
+        expect(count.dim() == 1, f"the shape of {name}", tuple(count.shape), "one dimension")
+        expect(count.dtype in (torch.int32, torch.int64), f"the dtype of {name}", count.dtype, "int32 or int64")
+        expect(count.device == q.device, f"the device of {name}", count.device, f"that of q, {q.device}")
         if name != "seq_offsets":
-            _same(t.shape[0], batch, f"the shape of {name}", tuple(t.shape), f"[B] = [{batch}]")
-    for name, t in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
-        if t is None:
+            _same(count.shape[0], batch, f"the shape of {name}", tuple(count.shape), f"[B] = [{batch}]")
+    for name, plane in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
+        if plane is None:
             continue
-        expect(t.dim() == 4, f"the shape of {name}", tuple(t.shape), "[B|1, H|1, N, N]")
-        expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
+        expect(plane.dim() == 4, f"the shape of {name}", tuple(plane.shape), "[B|1, H|1, N, N]")
+        expect(plane.device == q.device, f"the device of {name}", plane.device, f"that of q, {q.device}")
         for dim, full, may_be_one in (
             (0, batch, True),
             (1, q.shape[-2], True),
             (2, max_seq_len, False),
             (3, max_seq_len, False),
         ):
-            if not (may_be_one and isinstance(t.shape[dim], int) and t.shape[dim] == 1):
+            if not (may_be_one and isinstance(plane.shape[dim], int) and plane.shape[dim] == 1):
                 _same(
-                    t.shape[dim],
+                    plane.shape[dim],
                     full,
                     f"the shape of {name}",
-                    tuple(t.shape),
+                    tuple(plane.shape),
                     f"[B|1, H|1, {max_seq_len}, {max_seq_len}]",
                 )
     if attn_bias is not None:
