@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/kernels.md", "docs/compatibility.md")
 BLOCK = re.compile(r"(<!-- bench\.tables: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]  # the extra_info of one benchmark
@@ -76,7 +76,40 @@ def attention(rows: list[Row]) -> str:
     return f"Attention, TFLOP/s forward / backward, causal, full-length sequences:\n\n{_markdown(header, body)}"
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"layer": layer, "attention": attention}
+def compatibility(rows: list[Row]) -> str:
+    """Public implementations: time and memory of a training step, and errors in units of eager's own."""
+    times = [row for row in rows if row["kind"] == "time"]
+    steps = [
+        [r["model"], r["shape"], r["implementation"], format(r["ms"], ".1f"), str(r["peak_mib"]), str(r["compile_s"])]
+        for r in times
+    ]
+    errors = [
+        [
+            r["model"],
+            r["variant"],
+            ", ".join(r["regions"]),
+            format(r["output_in_eager_errors"], ".2f"),
+            format(r["worst_gradient_in_eager_errors"], ".2f"),
+        ]
+        for r in rows
+        if r["kind"] == "error"
+    ]
+    header = ["model", "shape", "implementation", "step, ms", "peak MiB", "first step, s"]
+    return "\n\n".join(
+        (
+            "Training step, bfloat16:",
+            _markdown(header, steps),
+            "Errors in bfloat16 against float32, divided by eager's own (budget: 2 for the output, 5 for a gradient):",
+            _markdown(["model", "variant", "fused", "output", "worst gradient"], errors),
+        )
+    )
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "layer": layer,
+    "attention": attention,
+    "compatibility": compatibility,
+}
 
 
 def _cell(row: Row | None, key: str, form: str) -> str:
