@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hstu_compile
-from hstu_compile.verify import BACKWARD, FORWARD
+from hstu_compile.verify import BACKWARD, FORWARD, figures_of
 
 
 def compiled(model: nn.Module) -> dict[str, Callable]:
@@ -102,7 +102,6 @@ def results(model: Callable, named: dict[str, nn.Parameter], x: Tensor, lengths:
 
 def error_and_budget(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
     """max|ours - exact| and m * max|eager - exact|, at least m roundings of the largest value."""
-    rounding = torch.finfo(eager.dtype).eps / 2 * exact.abs().max().item()
     m = FORWARD if name == "output" else BACKWARD
-    distance = [(value.double() - exact.double()).abs().max().item() for value in (ours, eager)]
-    return distance[0], m * max(distance[1], rounding)
+    figures = figures_of((name, ours), (name, eager), (name, exact), m)
+    return figures.error, figures.budget

@@ -74,7 +74,7 @@ def _compare(original: fx.GraphModule, rewritten: fx.GraphModule, args: tuple) -
             warnings.warn(f"hstu_compile: could not verify: the original graph does not run: {error}", stacklevel=2)
             return
     figures = [
-        _figures(ours_value, eager_value, exact_value, m)
+        figures_of(ours_value, eager_value, exact_value, m)
         for kind, m in (("outputs", FORWARD), ("gradients", BACKWARD))
         for ours_value, eager_value, exact_value in zip(
             getattr(ours, kind), getattr(eager, kind), getattr(exact, kind), strict=True
@@ -129,7 +129,7 @@ class _Float64(fx.Interpreter):
 
 
 @dataclass
-class _Figures:
+class Figures:
     name: str
     error: float
     budget: float
@@ -142,12 +142,12 @@ class _Figures:
         return f"  {self.name}: error {self.error:.3e}, budget {self.budget:.3e}{'' if self.fits else '   OUT'}"
 
 
-def _figures(ours: tuple[str, Tensor], eager: tuple[str, Tensor], exact: tuple[str, Tensor], m: float) -> _Figures:
+def figures_of(ours: tuple[str, Tensor], eager: tuple[str, Tensor], exact: tuple[str, Tensor], m: float) -> Figures:
     name, reference = exact
     largest = reference.abs().max().item() if reference.numel() else 0
     rounding = torch.finfo(eager[1].dtype).eps / 2 * largest if eager[1].is_floating_point() else 0.0
     budget = m * max(_max_error(eager[1], reference), rounding)
-    return _Figures(name, _max_error(ours[1], reference), budget)
+    return Figures(name, _max_error(ours[1], reference), budget)
 
 
 def _max_error(x: Tensor, reference: Tensor) -> float:

@@ -11,7 +11,7 @@ def as_activation(node: fx.Node) -> tuple[str, fx.Node] | None:
         return "silu", node.all_input_nodes[0]
     if is_call(node, aten.sigmoid.default):
         return "sigmoid", node.all_input_nodes[0]
-    if is_call(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2:
+    if is_call(node, aten.mul.Tensor, aten.multiply.Tensor) and len(node.all_input_nodes) == 2:
         for x, gate in (node.all_input_nodes, node.all_input_nodes[::-1]):
             inner = look_through(gate)
             if is_call(inner, aten.sigmoid.default) and look_through(inner.all_input_nodes[0]) is look_through(x):

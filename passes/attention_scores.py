@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from hstu_compile.passes.activation import as_activation
 from hstu_compile.passes.attention_mask import silu_of_fill_is_zero
 from hstu_compile.passes.axes import LAYOUT, Axes, Dims, aligned
 from hstu_compile.passes.graph import (
@@ -129,14 +130,8 @@ def _main_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _silu_argument(node: fx.Node) -> fx.Node | None:
     """x, if the call is silu(x) or x * sigmoid(x)."""
-    if is_call(node, aten.silu.default):
-        return node.all_input_nodes[0]
-    if is_call(node, *MULTIPLY):
-        for x, gate in (node.args[:2], node.args[1::-1]):
-            gate = look_through(gate) if isinstance(gate, fx.Node) else gate
-            if is_call(gate, aten.sigmoid.default) and look_through(gate.args[0]) is look_through(x):  # type: ignore
-                return x  # type: ignore[return-value]
-    return None
+    found = as_activation(node)
+    return found[1] if found is not None and found[0] == "silu" else None
 
 
 def _is_silu(node: fx.Node) -> bool:
