@@ -19,7 +19,7 @@ ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
 MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
 # By head dim, filled up to one of these.
-FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4)}  # BLOCK_R per consumer, BLOCK_C, STAGES
+FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4), 256: (64, 64, 2)}  # BLOCK_R per consumer, BLOCK_C, STAGES
 PRODUCT_TILES = {32: (128, 128, 2, 2), 64: (128, 128, 2, 2), 128: (128, 128, 2, 2), 256: (128, 64, 2, 1)}  # f'
 MASKED_PRODUCT_TILES = {128: (128, 64, 3, 3)}  # with targets or contextual rows, whose bounds would spill above
 SILU_PRODUCT_TILES = {256: (128, 64, 2, 2)}  # f: BLOCK_R, BLOCK_C, B_STAGES, C_STAGES
@@ -118,12 +118,25 @@ def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **c
         return [product(q, q, k, v, out, width, tiles, half_alpha, scale, batch, call, False, False)]
     rows, cols, stages = FORWARD_TILES[width]
     tiles_per_seq = math.ceil(call["max_seq_len"] / (2 * rows))
-    tiles = tiles_per_seq * heads_in(q, call)
+    sequences = num_sequences(q, call)
+    slots = tiles_per_seq * sequences if call["seq_offsets"] is None else q.shape[0] // (2 * rows) + sequences
+    group = max(1, min(32, GROUP_BYTES // max(1, 4 * q.shape[-2] * width * call["max_seq_len"])))
+    tickets = slots * q.shape[-2]
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if DYNAMIC else None
     arguments = (describe(q, rows, width), describe(k, cols, width), describe(v, cols, width))
-    arguments += (out, row_width(out), half_alpha, scale, *batch, tiles_per_seq, tiles)
+    arguments += (out, row_width(out), half_alpha, scale, *batch, counter, sequences, group, tiles_per_seq, tickets)
     constants = {"DIM": v.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols, "STAGES": stages}
-    constants |= {"FAMILY": family_of(call), "num_warps": 4, "maxnreg": 168}
-    return [Launch(kernels().forward, min(sms, tiles), arguments, constants)]
+    constants |= {"FAMILY": family_of(call), "PACKED": PACKED, "REGISTERS": REGISTERS, "num_warps": 4, "maxnreg": 168}
+    return [Launch(kernels().forward, min(sms, tickets), arguments, constants)]
+
+
+DYNAMIC, PACKED, REGISTERS = False, False, (240, 24)
+GROUP_BYTES = 32 << 20
+
+
+def num_sequences(q: Tensor, call: dict[str, Any]) -> int:
+    offsets = call["seq_offsets"]
+    return q.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
 def backward_launches(

@@ -242,6 +242,22 @@ def nth_tile(i, spans):
 
 
 @triton.jit
+def last_tile(spans):
+    """The last tile of the runs; -1 if there is none."""
+    last = tl.where(spans.count0 > 0, spans.start0 + spans.count0, 0)
+    last = tl.where(spans.count1 > 0, spans.start1 + spans.count1, last)
+    return tl.where(spans.count2 > 0, spans.start2 + spans.count2, last) - 1
+
+
+@triton.jit
+def tiles_upto(tile, spans):
+    """How many tiles of the runs are this one or come before it."""
+    upto0 = tl.minimum(tl.maximum(tile + 1 - spans.start0, 0), spans.count0)
+    upto1 = tl.minimum(tl.maximum(tile + 1 - spans.start1, 0), spans.count1)
+    return upto0 + upto1 + tl.minimum(tl.maximum(tile + 1 - spans.start2, 0), spans.count2)
+
+
+@triton.jit
 def in_spans(tile, spans):
     """Whether the runs hold this tile."""
     in0 = (tile >= spans.start0) & (tile < spans.start0 + spans.count0)

@@ -30,3 +30,29 @@ def silu_and_grad(half, FAST: tl.constexpr):
         sigmoid = 1.0 / (1.0 + tl.exp(-2.0 * half))
         s = 2.0 * half * sigmoid
         return s, sigmoid + s * (1.0 - sigmoid)
+
+
+@triton.jit
+def tanh_two(x):
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 pair;
+        .reg .b16 low, high;
+        cvt.rn.f16x2.f32 pair, $3, $2;
+        tanh.approx.f16x2 pair, pair;
+        mov.b32 {low, high}, pair;
+        cvt.f32.f16 $0, low;
+        cvt.f32.f16 $1, high;
+        }
+        """,
+        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )
+
+
+@triton.jit
+def silu_packed(half, PACKED: tl.constexpr):
+    if PACKED:
+        return half + half * tanh_two(half)
+    else:
+        return half + half * tanh_approx(half)
