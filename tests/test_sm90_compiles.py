@@ -76,8 +76,8 @@ def compiled(dim: int, dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, An
     kernels = {}
     with compile_only.target(90):
         launches = attention_sm90.forward_launches(x, x, x, out, 132, **call)
-        for launch in launches + attention_sm90.backward_launches(out, x, x, x, out, out, out, **call):
-            kind = [flag for flag in ("GRAD", "KEYS_RESIDENT") if launch.constants.get(flag)]
+        for launch in launches + attention_sm90.backward_launches(out, x, x, x, out, out, out, 132, **call):
+            kind = [flag for flag in ("GRAD", "KEYS") if launch.constants.get(flag)]
             name = " ".join([launch.kernel.__name__, *kind])
             kernels[name] = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
     return kernels

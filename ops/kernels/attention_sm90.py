@@ -6,6 +6,7 @@ Backward: dq as a product and dk, dv in one kernel (7 matrix products); at head 
 
 import functools
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ MAX_COORDINATE = 0x7FFF0000
 ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
 MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
-# By head dim, filled up to one of these.
-FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4), 256: (64, 64, 2)}  # BLOCK_R per consumer, BLOCK_C, STAGES
-PRODUCT_TILES = {32: (128, 128, 2, 2), 64: (128, 128, 2, 2), 128: (128, 128, 2, 2), 256: (128, 64, 2, 1)}  # f'
-MASKED_PRODUCT_TILES = {128: (128, 64, 3, 3)}  # with targets or contextual rows, whose bounds would spill above
-SILU_PRODUCT_TILES = {256: (128, 64, 2, 2)}  # f: BLOCK_R, BLOCK_C, B_STAGES, C_STAGES
-DKDV_TILES = {32: (128, 64, 3), 64: (128, 64, 3), 128: (128, 64, 2)}  # KEYS, QUERIES, STAGES
+ROWS = 128  # of an output tile of a product: two consumers of 64
+L2_BYTES = 32 << 20  # of keys and values that are read together
+# By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
+SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
+GRAD_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 1)}
+DKDV_TILES = {32: (64, 4), 64: (64, 6), 128: (64, 4)}  # COLS, STAGES
 
 
 def unsupported(
@@ -63,7 +64,6 @@ class Kernels(NamedTuple):
     compat: ModuleType
     per_sequence: Any
     family: Any
-    forward: Any
     product: Any
     dkdv: Any
 
@@ -73,12 +73,11 @@ def kernels() -> Kernels:
     """Imported at the first launch."""
     from hstu_compile.ops.kernels import gluon_compat
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
-    from hstu_compile.ops.kernels.attention_sm90_forward import forward_kernel
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, PerSequence, Family, forward_kernel, product_kernel, dkdv_kernel)
+    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -98,7 +97,7 @@ def backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if dq.numel():
         with torch.cuda.device_of(q):
-            for launch in backward_launches(dout, q, k, v, dq, dk, dv, **call):
+            for launch in backward_launches(dout, q, k, v, dq, dk, dv, processors(q.device), **call):
                 launch()
     return dq, dk, dv, None
 
@@ -110,74 +109,76 @@ def processors(device: torch.device) -> int:
 
 def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
-    width, half_alpha, scale = filled_dim(q, v), 0.5 * call["alpha"], float(call["scale"])
     (q, k, v), batch_rows = loadable(q, k, v)
-    batch = batch_of(q, batch_rows, call)
-    if width not in FORWARD_TILES:
-        tiles = SILU_PRODUCT_TILES[width]
-        return [product(q, q, k, v, out, width, tiles, half_alpha, scale, batch, call, False, False)]
-    rows, cols, stages = FORWARD_TILES[width]
-    tiles_per_seq = math.ceil(call["max_seq_len"] / (2 * rows))
-    sequences = num_sequences(q, call)
-    slots = tiles_per_seq * sequences if call["seq_offsets"] is None else q.shape[0] // (2 * rows) + sequences
-    group = max(1, min(32, GROUP_BYTES // max(1, 4 * q.shape[-2] * width * call["max_seq_len"])))
-    tickets = slots * q.shape[-2]
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if DYNAMIC else None
-    arguments = (describe(q, rows, width), describe(k, cols, width), describe(v, cols, width))
-    arguments += (out, row_width(out), half_alpha, scale, *batch, counter, sequences, group, tiles_per_seq, tickets)
-    constants = {"DIM": v.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols, "STAGES": stages}
-    constants |= {"FAMILY": family_of(call), "PACKED": PACKED, "REGISTERS": REGISTERS, "num_warps": 4, "maxnreg": 168}
-    return [Launch(kernels().forward, min(sms, tickets), arguments, constants)]
-
-
-DYNAMIC, PACKED, REGISTERS = False, False, (240, 24)
-GROUP_BYTES = 32 << 20
-
-
-def num_sequences(q: Tensor, call: dict[str, Any]) -> int:
-    offsets = call["seq_offsets"]
-    return q.shape[0] if offsets is None else offsets.shape[0] - 1
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 1))
+    return [product(q, q, k, v, out, float(call["scale"]), run, grad=False, keys=False)]
 
 
 def backward_launches(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, **call: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, sms: int, **call: Any
 ) -> list[Launch]:
     """What `backward` runs."""
-    width, half_alpha, scale = filled_dim(q, v), 0.5 * call["alpha"], float(call["scale"])
+    scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
-    batch = batch_of(q, batch_rows, call)
-    tiles = MASKED_PRODUCT_TILES.get(width, PRODUCT_TILES[width]) if is_ragged(call) else PRODUCT_TILES[width]
-    dq_launch = product(q, dout, k, v, dq, width, tiles, half_alpha, factor, batch, call, True, False)
-    if width not in DKDV_TILES:
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 3))
+    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True, keys=False)
+    width = run.width
+    if width not in DKDV_TILES or ALL_PRODUCTS:
         return [
-            product(k, k, q, dout, dv, width, SILU_PRODUCT_TILES[width], half_alpha, scale, batch, call, False, True),
-            product(k, v, q, dout, dk, width, tiles, half_alpha, factor, batch, call, True, True),
+            product(k, k, q, dout, dv, scale, run, grad=False, keys=True),
+            product(k, v, q, dout, dk, factor, run, grad=True, keys=True),
             dq_launch,
         ]
-    keys, queries, stages = DKDV_TILES[width]
-    tiles_per_seq = math.ceil(call["max_seq_len"] / keys)
-    arguments = (describe(q, queries, width), describe(k, keys, width))
-    arguments += (describe(v, keys, width), describe(dout, queries, width))
-    arguments += (dk, dv, row_width(dk), row_width(dv), half_alpha, factor, scale, *batch, tiles_per_seq)
-    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
-    constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call), "num_warps": 8}
-    return [Launch(kernels().dkdv, tiles_per_seq * heads_in(q, call), arguments, constants), dq_launch]
+    cols, stages = DKDV_TILES[width]
+    arguments = (describe(q, cols, width), describe(k, ROWS // 2, width))
+    arguments += (describe(v, ROWS // 2, width), describe(dout, cols, width))
+    arguments += (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
+    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
+    return [persistent(kernels().dkdv, k, arguments, constants, run), dq_launch]
+
+
+ALL_PRODUCTS = False
+
+
+class Run(NamedTuple):
+    """What the products of one call share."""
+
+    width: int
+    batch: tuple
+    call: dict[str, Any]
+    sms: int
+    counters: Iterator[Tensor]
+
+
+def counters(like: Tensor, count: int) -> Iterator[Tensor]:
+    """Zeros to draw tickets from, 16 bytes apart: one a launch, since launches of other streams may run at a time."""
+    return iter(torch.zeros(count, 4, dtype=torch.int32, device=like.device))
 
 
 def product(
-    a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, width: int, tiles: tuple[int, int, int, int],
-    half_alpha: float, factor: float, batch: tuple, call: dict[str, Any], grad: bool, keys_resident: bool,
-) -> Launch:  # fmt: skip
-    rows, cols, b_stages, c_stages = tiles
-    tiles_per_seq = math.ceil(call["max_seq_len"] / rows)
-    arguments = (describe(a, rows, width), describe(da, rows, width))
-    arguments += (describe(b, cols, width), describe(c, cols, width))
-    arguments += (out, row_width(out), half_alpha, factor, *batch, tiles_per_seq)
-    constants = {"DIM": out.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols}
-    constants |= {"B_STAGES": b_stages, "C_STAGES": c_stages, "GRAD": grad, "KEYS_RESIDENT": keys_resident}
-    constants |= {"FAMILY": family_of(call), "num_warps": 8}
-    return Launch(kernels().product, tiles_per_seq * heads_in(a, call), arguments, constants)
+    a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool, keys: bool
+) -> Launch:
+    width, call = run.width, run.call
+    cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
+    arguments = (describe(a, ROWS // 2, width), describe(da, ROWS // 2, width))
+    arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
+    constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
+    return persistent(kernels().product, a, (*arguments, *run.batch), {**constants, "GRAD": grad, "KEYS": keys}, run)
+
+
+def persistent(kernel: Any, rows: Tensor, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
+    """Launch with tickets for the output tiles of ROWS of these rows: see attention_sm90_schedule."""
+    sequences, heads, max_seq_len = num_sequences(rows, run.call), rows.shape[-2], run.call["max_seq_len"]
+    tiles_per_seq = math.ceil(max_seq_len / ROWS)
+    slots, mean_length = tiles_per_seq * sequences, max_seq_len
+    if run.call["seq_offsets"] is not None:
+        slots, mean_length = rows.shape[0] // ROWS + sequences, rows.shape[0] // max(1, sequences)
+    group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
+    tickets = slots * heads if max_seq_len else 0
+    arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets)
+    constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
+    return Launch(kernel, min(run.sms, tickets), arguments, constants)
 
 
 def filled_dim(q: Tensor, v: Tensor) -> int:
@@ -189,21 +190,15 @@ def row_width(out: Tensor) -> int:
     return out.shape[-2] * out.shape[-1]
 
 
-def heads_in(q: Tensor, call: dict[str, Any]) -> int:
-    """Heads of all sequences."""
+def num_sequences(q: Tensor, call: dict[str, Any]) -> int:
     offsets = call["seq_offsets"]
-    return q.shape[-2] * (q.shape[0] if offsets is None else offsets.shape[0] - 1)
+    return q.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
 def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
     """The kernels' arguments `each` to `min_full_attn_seq_len`, the same wherever the sequences lie."""
     each = kernels().per_sequence(*(call[name] for name in kernels().per_sequence._fields))
     return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
-
-
-def is_ragged(call: dict[str, Any]) -> bool:
-    """Whether the mask has more than a causal edge and a window."""
-    return call["num_targets"] is not None or has_context(call)
 
 
 def has_context(call: dict[str, Any]) -> bool:

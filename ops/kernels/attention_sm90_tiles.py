@@ -25,10 +25,9 @@ RUNTIME = [
     "batch_rows",
     "num_heads",
     "tiles_per_seq",
-    "total_tiles",
     "num_sequences",
     "group",
-    "tickets",
+    "num_tickets",
     "contextual_seq_len",
     "target_group_size",
     "max_attn_len",
@@ -150,7 +149,7 @@ def live_tile(x, row0, col0, z, batch, FAMILY: gl.constexpr, KEYS_FIRST: gl.cons
 
 @gluon.constexpr_function
 def row_layout(rows, dim, warps):
-    """As a result of wgmma lies in warps, but 8 columns a thread: made of it by shuffles, stored 16 bytes at a time."""
+    """As a result of wgmma lies in warps, but with 4 columns a thread: a shuffle away, and stored by whole sectors."""
     registers = [[0, 1], [0, 2]] + [[8, 0]]
     registers += [[0, 1 << i] for i in range(4, dim.bit_length() - 1)]
     registers += [[16 * warps << i, 0] for i in range((rows // (16 * warps)).bit_length() - 1)]

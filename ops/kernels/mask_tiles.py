@@ -242,8 +242,15 @@ def nth_tile(i, spans):
 
 
 @triton.jit
+def first_tile(spans):
+    """The first tile of the runs, of which there is one."""
+    first = tl.where(spans.count1 > 0, spans.start1, spans.start2)
+    return tl.where(spans.count0 > 0, spans.start0, first)
+
+
+@triton.jit
 def last_tile(spans):
-    """The last tile of the runs; -1 if there is none."""
+    """The last tile of the runs, of which there is one."""
     last = tl.where(spans.count0 > 0, spans.start0 + spans.count0, 0)
     last = tl.where(spans.count1 > 0, spans.start1 + spans.count1, last)
     return tl.where(spans.count2 > 0, spans.start2 + spans.count2, last) - 1
