@@ -134,11 +134,11 @@ def backward_launches(
     arguments = (describe(q, cols, width), describe(k, ROWS // 2, width))
     arguments += (describe(v, ROWS // 2, width), describe(dout, cols, width))
     arguments += (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
-    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
+    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages, "REGS": REGS and width <= 64}
     return [persistent(kernels().dkdv, k, arguments, constants, run), dq_launch]
 
 
-ALL_PRODUCTS = False
+ALL_PRODUCTS, ACC_FIRST, REGS = False, False, False
 
 
 class Run(NamedTuple):
@@ -164,7 +164,7 @@ def product(
     arguments = (describe(a, ROWS // 2, width), describe(da, ROWS // 2, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
     constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    return persistent(kernels().product, a, (*arguments, *run.batch), {**constants, "GRAD": grad, "KEYS": keys}, run)
+    return persistent(kernels().product, a, (*arguments, *run.batch), {**constants, "GRAD": grad, "KEYS": keys, "ACC_FIRST": ACC_FIRST, "REGS": REGS and width <= 128}, run)
 
 
 def persistent(kernel: Any, rows: Tensor, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:

@@ -75,6 +75,22 @@ def resident(tiles, W: gl.constexpr):
 
 
 @gluon.jit
+def loaded(tiles, W: gl.constexpr, s_layout: gl.constexpr, REGS: gl.constexpr):
+    if REGS:
+        return resident(tiles, W).load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2))
+    else:
+        return W
+
+
+@gluon.jit
+def operand(tiles, rows, W: gl.constexpr, REGS: gl.constexpr):
+    if REGS:
+        return rows
+    else:
+        return resident(tiles, W)
+
+
+@gluon.jit
 def streamed_spans(row0, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, mask, FAMILY: gl.constexpr, KEYS: gl.constexpr):
     """The tiles of COLS that NUM_ROWS resident rows meet."""
     if KEYS:
