@@ -19,12 +19,12 @@ MAX_COORDINATE = 0x7FFF0000
 ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
 MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
-ROWS = 128  # of an output tile of a product: two consumers of 64
+ROWS = 64  # of a consumer
 L2_BYTES = 32 << 20  # of keys and values that are read together
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
 SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
 GRAD_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 1)}
-DKDV_TILES = {32: (64, 4), 64: (64, 6), 128: (64, 4)}  # COLS, STAGES
+DKDV_TILES = {32: (64, 4), 64: (64, 6), 128: (64, 4), 256: (64, 2)}  # COLS, STAGES
 
 
 def unsupported(
@@ -66,6 +66,7 @@ class Kernels(NamedTuple):
     family: Any
     product: Any
     dkdv: Any
+    dkdv_split: Any
 
 
 @functools.cache
@@ -73,11 +74,12 @@ def kernels() -> Kernels:
     """Imported at the first launch."""
     from hstu_compile.ops.kernels import gluon_compat
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
+    from hstu_compile.ops.kernels.attention_sm90_dkdv_split import dkdv_split_kernel
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel)
+    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel, dkdv_split_kernel)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -131,11 +133,14 @@ def backward_launches(
             dq_launch,
         ]
     cols, stages = DKDV_TILES[width]
-    arguments = (describe(q, cols, width), describe(k, ROWS // 2, width))
-    arguments += (describe(v, ROWS // 2, width), describe(dout, cols, width))
+    arguments = (describe(q, cols, width), describe(k, ROWS, width))
+    arguments += (describe(v, ROWS, width), describe(dout, cols, width))
     arguments += (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
-    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages, "REGS": REGS and width <= 64}
-    return [persistent(kernels().dkdv, k, arguments, constants, run), dq_launch]
+    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
+    if width > 128:
+        return [persistent(kernels().dkdv_split, k, ROWS, arguments, constants, run), dq_launch]
+    constants |= {"REGS": REGS and width <= 64}
+    return [persistent(kernels().dkdv, k, 2 * ROWS, arguments, constants, run), dq_launch]
 
 
 ALL_PRODUCTS, ACC_FIRST, REGS = False, False, False
@@ -161,19 +166,19 @@ def product(
 ) -> Launch:
     width, call = run.width, run.call
     cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
-    arguments = (describe(a, ROWS // 2, width), describe(da, ROWS // 2, width))
+    arguments = (describe(a, ROWS, width), describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
     constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    return persistent(kernels().product, a, (*arguments, *run.batch), {**constants, "GRAD": grad, "KEYS": keys, "ACC_FIRST": ACC_FIRST, "REGS": REGS and width <= 128}, run)
+    return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), {**constants, "GRAD": grad, "KEYS": keys, "ACC_FIRST": ACC_FIRST, "REGS": REGS and width <= 128}, run)
 
 
-def persistent(kernel: Any, rows: Tensor, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
-    """Launch with tickets for the output tiles of ROWS of these rows: see attention_sm90_schedule."""
-    sequences, heads, max_seq_len = num_sequences(rows, run.call), rows.shape[-2], run.call["max_seq_len"]
-    tiles_per_seq = math.ceil(max_seq_len / ROWS)
+def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
+    """Launch with tickets for output tiles of so many rows of x: see attention_sm90_schedule."""
+    sequences, heads, max_seq_len = num_sequences(x, run.call), x.shape[-2], run.call["max_seq_len"]
+    tiles_per_seq = math.ceil(max_seq_len / rows)
     slots, mean_length = tiles_per_seq * sequences, max_seq_len
     if run.call["seq_offsets"] is not None:
-        slots, mean_length = rows.shape[0] // ROWS + sequences, rows.shape[0] // max(1, sequences)
+        slots, mean_length = x.shape[0] // rows + sequences, x.shape[0] // max(1, sequences)
     group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
     tickets = slots * heads if max_seq_len else 0
     arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets)

@@ -59,7 +59,7 @@ def consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, tile_key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, COLS, True)
+        sequence, mask, tile_key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, True)
         key0 = tile_key0 + W * ROWS
         dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
         dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
@@ -143,7 +143,7 @@ def dkdv_kernel(
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
                         queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, REGS, 1)),
             (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
-                        FAMILY, COLS, STAGES, STAGES, True, True)),
+                        FAMILY, COLS, STAGES, STAGES, 2, True, True)),
         ],
         [4, 1],
         [240, 24],

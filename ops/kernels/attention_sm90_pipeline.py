@@ -118,28 +118,30 @@ def tiles_before(tiles, spans, own, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def output_tile(tile, tiles_per_seq, batch, FAMILY: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr):
-    """Sequence, mask, first row and streamed tiles of an output tile."""
+def output_tile(
+    tile, tiles_per_seq, batch, FAMILY: gl.constexpr, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr
+):
+    """Sequence, mask, first row and streamed tiles of an output tile of NUM_ROWS."""
     sequence = sequence_of(tile // tiles_per_seq, batch)
     mask = mask_of(sequence.z, batch)
-    row0 = tile % tiles_per_seq * (2 * ROWS)
-    return sequence, mask, row0, streamed_spans(row0, 2 * ROWS, COLS, mask, FAMILY, KEYS)
+    row0 = tile % tiles_per_seq * NUM_ROWS
+    return sequence, mask, row0, streamed_spans(row0, NUM_ROWS, COLS, mask, FAMILY, KEYS)
 
 
 @gluon.jit
 def producer(
     a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
     FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
-    TWO: gl.constexpr, KEYS: gl.constexpr,
+    TILES: gl.constexpr, TWO: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
-    """TWO: da is loaded too, behind the barrier of a."""
+    """An output tile has TILES resident tiles of ROWS. TWO: of da too, behind the barrier of a."""
     filled = 0  # b, c tiles so far
     visited = 0  # output tiles so far that load anything
     number = 0  # output tiles so far
     tile = -2  # none yet
     while tile != -1:
         sequence, mask, row0, spans = output_tile(
-            gl.maximum(tile, 0), tickets.tiles_per_seq, batch, FAMILY, COLS, KEYS
+            gl.maximum(tile, 0), tickets.tiles_per_seq, batch, FAMILY, TILES * ROWS, COLS, KEYS
         )
         tiles = 0
         if tile >= 0:
@@ -147,7 +149,7 @@ def producer(
             number += 1
             if row0 < sequence.length:
                 tiles = num_tiles(spans)
-                for w in gl.static_range(2):
+                for w in gl.static_range(TILES):
                     mbarrier.wait(a.empty.index(w), (visited & 1) ^ 1)
                     load_tile(a_desc, sequence, row0 + w * ROWS, a.full.index(w), a.tiles.index(w), True)
                     if TWO:
@@ -165,7 +167,7 @@ def producer(
                 load_tile(c_desc, sequence, col0, c.full.index(slot), c.tiles.index(slot), True)
                 filled += 1
             if t == tiles // 2:  # while the consumers have tiles in stock
-                upcoming = draw(tickets, batch, 2 * ROWS, KEYS)
+                upcoming = draw(tickets, batch, TILES * ROWS, KEYS)
         tile = upcoming
     hand_over(-1, number, queue)
 

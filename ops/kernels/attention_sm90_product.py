@@ -62,7 +62,7 @@ def consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, COLS, KEYS)
+        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, KEYS)
         row0 = tile_row0 + W * ROWS
         acc = gl.zeros((ROWS, D), dtype=gl.float32, layout=o_layout)
         if tile_row0 < sequence.length:
@@ -183,7 +183,7 @@ def product_kernel(
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, ACC_FIRST, REGS, 1)),
             (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
-                        FAMILY, COLS, B_STAGES, C_STAGES, GRAD, KEYS)),
+                        FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, KEYS)),
         ],
         [4, 1],
         [240, 24],
