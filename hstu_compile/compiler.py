@@ -110,7 +110,8 @@ def where(gm: fx.GraphModule) -> str:
 
 
 def _judge(gm: fx.GraphModule, report: Report, options: Options) -> None:
-    if report.fused() and (options.expect is None or len(report.fused("attention")) >= options.expect):
+    known = report.fused() or report.recognised()
+    if known and (options.expect is None or len(report.fused("attention")) >= options.expect):
         return
     if _is_glue(gm):
         return
