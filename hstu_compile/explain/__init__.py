@@ -47,7 +47,7 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
     explanation = Explanation()
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        explanation.reports.append(rewrite(gm, options)[1])
+        explanation.reports.append(rewrite(gm, options)[-1])
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
             explanation.graph_breaks.append(_describe(reason))
