@@ -67,6 +67,11 @@ MASKS = {
         "min_full_attn_seq_len": 5,
         "targets_share_position": True,
     },
+    "no history": {
+        "num_targets": TARGETS,
+        "target_group_size": 5,
+        "num_contextuals": [3, UNIT - 4, 2, UNIT + 5, UNIT, UNIT // 2 + 1, 5 * UNIT][: len(LENGTHS)],
+    },
     "full, everything": {
         "causal": False,
         "num_targets": TARGETS,
@@ -310,11 +315,10 @@ def tiles_and_mask(rows: int, cols: int, length: int, contextual: int = 0, **mas
 @st.composite
 def masks(draw):
     length = draw(st.integers(0, SIZE))
-    contextual = draw(st.sampled_from([0, 0, 1, 2, 5])) if length >= 5 else 0
     return {
         "length": length,
-        "contextual": contextual,
-        "num_targets": draw(st.one_of(st.just(0), st.integers(0, length - contextual))),
+        "contextual": draw(st.sampled_from([0, 0, 1, 2, 5, 20])),
+        "num_targets": draw(st.one_of(st.just(0), st.integers(0, length))),
         "target_group_size": draw(st.sampled_from([1, 1, 2, 5, 9])),
         "max_attn_len": draw(st.sampled_from([0, 1, 3, 8])),
         "min_full_attn_seq_len": draw(st.sampled_from([0, 1, 6])),

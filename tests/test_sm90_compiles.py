@@ -46,6 +46,11 @@ MASKS: dict[str, dict[str, Any]] = {
     "target groups": {"num_targets": TARGETS, "target_group_size": 3},
     "large target groups": {"num_targets": TARGETS, "target_group_size": 50},
     "contextual": {"num_contextuals": CONTEXTUALS},
+    "no history": {
+        "num_targets": TARGETS,
+        "target_group_size": 20,
+        "num_contextuals": [3, 2, 130, 5, 70, 200, 60, 9, 100, 240, 0],
+    },
     "one contextual": {"contextual_seq_len": 1},
     "window": {"max_attn_len": 40},
     "window, targets": {"max_attn_len": 9, "num_targets": TARGETS, "target_group_size": 20},
