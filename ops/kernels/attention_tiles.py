@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hstu_compile.ops.kernels.mask_tiles import Spans, live_cells, nth_tile
+from hstu_compile.ops.kernels.mask_tiles import Mask, Spans, all_cells_live, live_cells, nth_tile
 
 
 class Rows(NamedTuple):
@@ -20,13 +20,14 @@ class Rows(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """attn_mask or attn_bias: [B, H, N, N], a broadcast dimension has stride 0."""
+    """attn_mask, attn_bias or its gradient: [B, H, N, N], a broadcast dimension has stride 0."""
 
     ptr: Any
     batch_stride: Any
     head_stride: Any
     row_stride: Any
     col_stride: Any
+    GRAIN: tl.constexpr  # divides N: so many columns exist together, which lets a load take them at once
 
 
 class Sequences(NamedTuple):
@@ -52,15 +53,17 @@ def locate(sequences, batch, N):
 
 
 @triton.jit
-def counts(sequences, batch, length, contextual_seq_len):
-    """End of history and number of contextual tokens."""
+def mask_of(
+    sequences, batch, length, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+):  # fmt: skip
+    """The mask of a sequence."""
     history_end = length
     if sequences.num_targets is not None:
         history_end = length - tl.load(sequences.num_targets + batch).to(tl.int32)
     contextual = contextual_seq_len
     if sequences.num_contextuals is not None:
         contextual = tl.load(sequences.num_contextuals + batch).to(tl.int32)
-    return history_end, contextual
+    return Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len)
 
 
 @triton.jit
@@ -94,11 +97,24 @@ def store_rows(tensor, at, rows, values, length, N, JAGGED: tl.constexpr):
 
 
 @triton.jit
-def load_cells(matrix, at, rows, cols, limit):
-    """Cells (rows, cols) in fp32, 0 beyond `limit`; rows and cols broadcast against each other."""
+def cells(matrix, at, rows, cols, limit):
+    """Pointers to cells (rows, cols), which broadcast, and which are below `limit`, in columns rounded up to GRAIN."""
     base = matrix.ptr + tl.cast(at[0], tl.int64) * matrix.batch_stride + tl.cast(at[2], tl.int64) * matrix.head_stride
     offsets = rows.to(tl.int64) * matrix.row_stride + cols.to(tl.int64) * matrix.col_stride
-    return tl.load(base + offsets, mask=(rows < limit) & (cols < limit), other=0).to(tl.float32)
+    return base + offsets, (rows < limit) & (cols < tl.cdiv(limit, matrix.GRAIN) * matrix.GRAIN)
+
+
+@triton.jit
+def load_cells(matrix, at, rows, cols, limit):
+    """Cells in fp32, 0 where `cells` has none."""
+    pointers, inside = cells(matrix, at, rows, cols, limit)
+    return tl.load(pointers, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_cells(matrix, at, rows, cols, limit, values):
+    pointers, inside = cells(matrix, at, rows, cols, limit)
+    tl.store(pointers, values.to(matrix.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,27 +127,41 @@ def half_argument(scores, half_alpha, bias, at, rows, cols, m):
 
 
 @triton.jit
-def masked(values, whole, rows, cols, m, family):
-    """values where the mask family lives, else 0; nothing to do where the tile is whole."""
-    if not whole:
-        values = tl.where(live_cells(rows, cols, m, family), values, 0.0)
-    return values
+def takes_no_weights(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, ones, bias, m, family):
+    """Whether every cell of a tile counts as it is; `ones`: whether the mask tensor is all ones there."""
+    whole = ones & all_cells_live(row0, col0, ROWS, COLS, m, family)
+    if bias is not None:  # what lies beyond the sequence may be NaN there
+        whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)
+    return whole
 
 
 @triton.jit
-def weighted(values, ones, mask, at, rows, cols, m):
-    """values times the mask tensor; nothing to do where it is all ones."""
+def weights(mask, at, rows, cols, m, family):
+    """The mask tensor, if any, where the mask family lives, else 0."""
+    live = live_cells(rows, cols, m, family)
     if mask is not None:
-        if not ones:
-            weight = load_cells(mask, at, rows, cols, m.length)
-            values = tl.where(weight != 0, values * weight, 0.0)
-    return values
+        return tl.where(live, load_cells(mask, at, rows, cols, m.length), 0.0)
+    else:
+        return tl.where(live, 1.0, 0.0)
 
 
 @triton.jit
-def occupied(spans, ranks):
-    """Runs of tiles as runs of their occupied ones (mask_occupancy.py); unchanged without a mask tensor."""
+def weighted(values, weight):
+    """values * weight, 0 where the weight is, whatever the value."""
+    return tl.where(weight != 0, values * weight, 0.0)
+
+
+@triton.jit
+def tile_line(at, tile, tiles, mask_batches, mask_heads):
+    """Which line of the lists of occupied tiles (mask_occupancy.py) is that of a row of tiles."""
+    return (at[0] % mask_batches * mask_heads + at[2] % mask_heads).to(tl.int64) * tiles + tile
+
+
+@triton.jit
+def occupied(spans, ranks, line, tiles):
+    """Runs of tiles as runs of their occupied ones; `tiles` are in a line. Unchanged without a mask tensor."""
     if ranks is not None:
+        ranks += line * (tiles + 1)
         first0 = tl.load(ranks + spans.start0)
         first1 = tl.load(ranks + spans.start1)
         first2 = tl.load(ranks + spans.start2)
@@ -144,11 +174,11 @@ def occupied(spans, ranks):
 
 
 @triton.jit
-def visit(i, spans, visits):
-    """The i-th tile to visit, and whether the mask tensor (if any) is all ones there."""
+def visit(i, count, spans, visits, line, tiles):
+    """The i-th tile of `count` to visit, and whether the mask tensor (if any) is all ones there."""
     tile = nth_tile(i, spans)
     if visits is not None:
-        entry = tl.load(visits + tile)
+        entry = tl.load(visits + line * tiles + tile, mask=i < count, other=0)
         return entry // 2, entry % 2 == 1
     else:
-        return tile, True
+        return tile, tl.full((), True, tl.int1)
