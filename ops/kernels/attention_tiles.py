@@ -67,11 +67,11 @@ def mask_of(
 
 
 @triton.jit
-def row_cells(tensor, at, rows, limit):
-    """Pointers to [rows, BLOCK] and which of them exist: rows below `limit`, columns below DIM."""
-    cols = tl.arange(0, tensor.BLOCK)
+def row_cells(tensor, at, rows, limit, col0, WIDTH: tl.constexpr):
+    """Pointers to [rows, WIDTH] and which of them exist: rows below `limit`, columns below DIM."""
+    cols = col0 + tl.arange(0, WIDTH)
     inside = rows[:, None] < limit
-    if tensor.DIM != tensor.BLOCK:
+    if tensor.DIM != WIDTH:
         inside = inside & (cols[None, :] < tensor.DIM)
     base = tensor.ptr + tl.cast(at[0], tl.int64) * tensor.batch_stride + at[1] * tensor.row_stride
     base += tl.cast(at[2], tl.int64) * tensor.head_stride
@@ -81,17 +81,24 @@ def row_cells(tensor, at, rows, limit):
 @triton.jit
 def load_rows(tensor, at, rows, limit):
     """[rows, BLOCK], 0 where there is nothing: what lies in unused rows may be NaN."""
-    pointers, inside = row_cells(tensor, at, rows, limit)
+    pointers, inside = row_cells(tensor, at, rows, limit, 0, tensor.BLOCK)
     return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_chunk(tensor, at, rows, limit, chunk, WIDTH: tl.constexpr):
+    """The `chunk`-th WIDTH columns of `load_rows`."""
+    pointers, inside = row_cells(tensor, at, rows, limit, chunk * WIDTH, WIDTH)
+    return tl.load(pointers, mask=inside & (chunk * WIDTH < tensor.DIM), other=0.0)
 
 
 @triton.jit
 def store_rows(tensor, at, rows, values, length, N, JAGGED: tl.constexpr):
     """The rows of a sequence; of a dense tensor also its unused rows, as 0."""
     if JAGGED:
-        pointers, inside = row_cells(tensor, at, rows, length)
+        pointers, inside = row_cells(tensor, at, rows, length, 0, tensor.BLOCK)
     else:
-        pointers, inside = row_cells(tensor, at, rows, N)
+        pointers, inside = row_cells(tensor, at, rows, N, 0, tensor.BLOCK)
         values = tl.where(rows[:, None] < length, values, 0.0)
     tl.store(pointers, values.to(tensor.ptr.dtype.element_ty), mask=inside)
 

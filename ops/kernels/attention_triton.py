@@ -20,6 +20,7 @@ from hstu_compile.ops.kernels.mask_tiles import Family
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+CHUNK = 64
 
 
 def unsupported(
@@ -220,6 +221,7 @@ class Call:
             **{name: rows_of(t) for name, t in operands.items()},
             dbias_cells=self.cells(dbias),
             scale=self.scale,
+            CHUNK=CHUNK,
         )
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hstu_compile.ops.kernels.attention_tiles import (
     load_cells,
-    load_rows,
+    load_chunk,
     locate,
     mask_of,
     store_cells,
@@ -124,9 +124,14 @@ def dbias_kernel(
     scale,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """dbias = silu'(alpha q kT + bias) mask (dout vT) * scale, summed in order over what the bias broadcasts."""
+    """dbias = silu'(alpha q kT + bias) mask (dout vT) * scale, summed in order over what the bias broadcasts.
+
+    The products take CHUNK columns of q, k, dout and v a step, so that steps ahead fit into shared memory.
+    """
+    CHUNKS: tl.constexpr = triton.cdiv(max(q_rows.BLOCK, v_rows.BLOCK), CHUNK)
     row_tile, col_tile, matrix, batches, heads = bias_tile(
         N, num_sequences, num_heads, bias_batches, bias_heads, ROWS, COLS
     )
@@ -141,21 +146,26 @@ def dbias_kernel(
         store_cells(dbias_cells, matrix, rows[:, None], cols[None, :], N, dbias)
         return
     half_bias = 0.5 * load_cells(bias, matrix, rows[:, None], cols[None, :], N)
+    scores = tl.zeros((ROWS, COLS), tl.float32)
+    dp = tl.zeros((ROWS, COLS), tl.float32)
     at, length, ones = sharer(0, count, sharers_ptr, sequences, N, num_heads)
-    for i in range(count):
-        q = load_rows(q_rows, at, rows, length)
-        k = load_rows(k_rows, at, cols, length)
-        v = load_rows(v_rows, at, cols, length)
-        dout = load_rows(dout_rows, at, rows, length)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        _, grad = silu_and_grad(scores * (0.5 * alpha) + half_bias, FAST)
-        ds = grad * dp
-        m = mask_of(
-            sequences, at[0], length, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
-        )  # fmt: skip
-        if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, m, family):
-            ds = weighted(ds, weights(mask, at, rows[:, None], cols[None, :], m, family))
-        dbias += ds
-        at, length, ones = sharer(i + 1, count, sharers_ptr, sequences, N, num_heads)
+    for i in range(count * CHUNKS):
+        q = load_chunk(q_rows, at, rows, length, i % CHUNKS, CHUNK)
+        k = load_chunk(k_rows, at, cols, length, i % CHUNKS, CHUNK)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+        dout = load_chunk(dout_rows, at, rows, length, i % CHUNKS, CHUNK)
+        v = load_chunk(v_rows, at, cols, length, i % CHUNKS, CHUNK)
+        dp = tl.dot(dout, tl.trans(v), dp, input_precision="ieee")
+        if i % CHUNKS == CHUNKS - 1:
+            _, grad = silu_and_grad(scores * (0.5 * alpha) + half_bias, FAST)
+            ds = grad * dp
+            m = mask_of(
+                sequences, at[0], length, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+            )  # fmt: skip
+            if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, m, family):
+                ds = weighted(ds, weights(mask, at, rows[:, None], cols[None, :], m, family))
+            dbias += ds
+            scores = tl.zeros((ROWS, COLS), tl.float32)
+            dp = tl.zeros((ROWS, COLS), tl.float32)
+        at, length, ones = sharer((i + 1) // CHUNKS, count, sharers_ptr, sequences, N, num_heads)
     store_cells(dbias_cells, matrix, rows[:, None], cols[None, :], N, dbias * scale)
