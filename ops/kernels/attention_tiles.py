@@ -159,6 +159,21 @@ def weighted(values, weight):
 
 
 @triton.jit
+def add_product(total, lost, left, right):
+    """total += left right, and what that lost.
+
+    fp32 sums are compensated: a chain of additions as long as the sequence loses several times what eager's products of
+    few columns lose, which are sums of partial sums.
+    """
+    if left.dtype == tl.float32:
+        step = tl.dot(left, right, -lost, input_precision="ieee")
+        new_total = total + step
+        return new_total, (new_total - total) - step
+    else:
+        return tl.dot(left, right, total), lost
+
+
+@triton.jit
 def tile_line(at, tile, tiles, mask_batches, mask_heads):
     """Which line of the lists of occupied tiles (mask_occupancy.py) is that of a row of tiles."""
     return (at[0] % mask_batches * mask_heads + at[2] % mask_heads).to(tl.int64) * tiles + tile

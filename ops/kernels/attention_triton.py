@@ -104,7 +104,9 @@ class Call:
         self.q, self.k, self.v = q, k, v
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
-        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *capability_and_memory(q.device))
+        has_cells = attn_mask is not None or attn_bias is not None
+        gpu = capability_and_memory(q.device)
+        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
         self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
@@ -184,7 +186,14 @@ class Call:
         )
 
     def dk_dv(self, tile: Tile, dout: Tensor, dk: Tensor, dv: Tensor) -> None:
-        operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout, "dk_rows": dk, "dv_rows": dv}
+        operands = {
+            "q_rows": self.q,
+            "k_rows": self.k,
+            "v_rows": self.v,
+            "dout_rows": dout,
+            "dk_rows": dk,
+            "dv_rows": dv,
+        }
         launch(
             dk_dv_kernel,
             self.q,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from hstu_compile.ops.kernels.attention_tiles import (
+    add_product,
     half_argument,
     load_rows,
     locate,
@@ -45,7 +46,7 @@ RUNTIME = [
 
 @triton.jit
 def program(
-    sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, TILE, LAST_FIRST
+    sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, TILE, LAST
 ):  # fmt: skip
     """The tile of this program, its (sequence, first row, head), and their mask."""
     tiles = tl.cdiv(N, TILE)
@@ -53,7 +54,7 @@ def program(
     head = tl.program_id(0) // tiles % num_heads
     batch = tl.program_id(0) // tiles // num_heads
     start, length = locate(sequences, batch, N)
-    if LAST_FIRST:
+    if LAST:  # the last tile first
         used_tiles = tl.cdiv(length, TILE)
         tile = tl.where(tile < used_tiles, used_tiles - 1 - tile, tile)
     m = mask_of(
@@ -120,6 +121,7 @@ def product_kernel(
     if dx_rows is not None:
         dx = load_rows(dx_rows, at, kept, m.length)
     out = tl.zeros((KEPT, out_rows.BLOCK), tl.float32)
+    lost = tl.zeros((KEPT, out_rows.BLOCK), tl.float32)
     count = num_tiles(spans)
     streamed_tile, ones = visit(0, count, spans, visits, line, tl.cdiv(N, STREAMED))
     for i in range(count):
@@ -130,9 +132,11 @@ def product_kernel(
         else:
             row0, col0, rows, cols = kept0, streamed0, kept[:, None], streamed[None, :]
         y = load_rows(y_rows, at, streamed, m.length)
+        if dx_rows is not None:
+            dy = load_rows(dy_rows, at, streamed, m.length)
         scores = tl.dot(x, tl.trans(y), input_precision="ieee")
         if dx_rows is not None:
-            dp = tl.dot(dx, tl.trans(load_rows(dy_rows, at, streamed, m.length)), input_precision="ieee")
+            dp = tl.dot(dx, tl.trans(dy), input_precision="ieee")
             _, grad = silu_and_grad(half_argument(scores, 0.5 * alpha, bias, at, rows, cols, m), FAST)
             p = grad * dp
         else:
@@ -143,7 +147,7 @@ def product_kernel(
             z = y
         else:
             z = load_rows(z_rows, at, streamed, m.length)
-        out = tl.dot(p.to(z.dtype), z, out, input_precision="ieee")
+        out, lost = add_product(out, lost, p.to(z.dtype), z)
         streamed_tile, ones = visit(i + 1, count, spans, visits, line, tl.cdiv(N, STREAMED))
     store_rows(out_rows, at, kept, out * scale, m.length, N, sequences.offsets is not None)
 
@@ -176,7 +180,7 @@ def dk_dv_kernel(
     COLS: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """dv = pT dout * scale and dk = dsT q * alpha * scale in one: `product_kernel` by keys, twice, for 7/8 of the work."""
+    """dv = pT dout * scale and dk = dsT q * alpha * scale: `product_kernel` by keys, both products in one."""
     tile, at, m = program(
         sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, COLS, False
     )  # fmt: skip
@@ -191,6 +195,8 @@ def dk_dv_kernel(
     v = load_rows(v_rows, at, cols, m.length)
     dk = tl.zeros((COLS, k_rows.BLOCK), tl.float32)
     dv = tl.zeros((COLS, v_rows.BLOCK), tl.float32)
+    dk_lost = tl.zeros((COLS, k_rows.BLOCK), tl.float32)
+    dv_lost = tl.zeros((COLS, v_rows.BLOCK), tl.float32)
     count = num_tiles(spans)
     row_tile, ones = visit(0, count, spans, visits, line, tl.cdiv(N, ROWS))
     for i in range(count):
@@ -206,8 +212,8 @@ def dk_dv_kernel(
             weight = weights(mask, at, rows[None, :], cols[:, None], m, family)
             p = weighted(p, weight)
             ds = weighted(ds, weight)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dv, dv_lost = add_product(dv, dv_lost, p.to(dout.dtype), dout)
+        dk, dk_lost = add_product(dk, dk_lost, ds.to(q.dtype), q)
         row_tile, ones = visit(i + 1, count, spans, visits, line, tl.cdiv(N, ROWS))
     store_rows(dk_rows, at, cols, dk * (alpha * scale), m.length, N, sequences.offsets is not None)
     store_rows(dv_rows, at, cols, dv * scale, m.length, N, sequences.offsets is not None)
