@@ -112,12 +112,12 @@ class Call:
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
         self.sequences = {
             "sequences": Sequences(*(None if t is None else t.contiguous() for t in per_sequence)),
-            "family": Family(
-                CAUSAL=constant(causal),
-                CONTEXT=constant(num_contextuals is not None or contextual_seq_len != 0),
-                TARGETS=constant(num_targets is not None),
-                WINDOW=constant(max_attn_len != 0),
-                SHARED=constant(targets_share_position and num_targets is not None),
+            "family": family_of(
+                causal,
+                num_contextuals is not None or contextual_seq_len != 0,
+                num_targets is not None,
+                max_attn_len != 0,
+                targets_share_position and num_targets is not None,
             ),
             "N": max_seq_len,
             "num_heads": self.num_heads,
@@ -242,9 +242,8 @@ def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: An
 
 
 def rows_of(t: Tensor) -> Rows:
-    batch_stride = t.stride(0) if t.dim() == 4 else 0
-    dim = t.shape[-1]
-    return Rows(t, batch_stride, t.stride(-3), t.stride(-2), constant(dim), constant(block_of(dim)))
+    *batch_stride, row_stride, head_stride, _ = t.stride()
+    return Rows(t, batch_stride[0] if batch_stride else 0, row_stride, head_stride, *widths(t.shape[-1]))
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1
@@ -254,9 +253,14 @@ def constant(value: int | bool) -> tl.constexpr:
 
 
 @functools.cache
-def block_of(dim: int) -> int:
-    """The width in which tl.dot takes a head dimension."""
-    return max(16, triton.next_power_of_2(dim))
+def widths(dim: int) -> tuple[tl.constexpr, tl.constexpr]:
+    """A head dimension and the width in which tl.dot takes it."""
+    return constant(dim), constant(max(16, triton.next_power_of_2(dim)))
+
+
+@functools.cache
+def family_of(causal: bool, contextual: bool, targets: bool, window: bool, shared: bool) -> Family:
+    return Family(constant(causal), constant(contextual), constant(targets), constant(window), constant(shared))
 
 
 def unexpanded(t: Tensor) -> Tensor:

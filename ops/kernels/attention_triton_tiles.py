@@ -1,5 +1,6 @@
 """Tile sizes of the portable attention kernels: by the GPU's shared memory and the head dimensions, without tuning."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -55,11 +56,12 @@ SM100 = {
 }
 # fp32 products run outside the tensor cores, from registers, on every GPU.
 FLOAT = {
-    128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     256: Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 
 
+@functools.cache
 def tiles_for(
     dtype: torch.dtype, head_dim: int, capability: tuple[int, int], shared_memory: int, *, has_cells: bool
 ) -> Tiles:
