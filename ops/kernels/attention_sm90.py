@@ -1,7 +1,6 @@
-"""HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic, no atomics.
+"""HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic.
 
-Forward: a warp-specialised kernel, at head dim 256 the plain product (the faster of the two at each).
-Backward: dq as a product and dk, dv in one kernel (7 matrix products); at head dim 256 three products (8).
+Forward: one product. Backward: dq as a product, dk and dv together in a kernel of their own (7 matrix products).
 """
 
 import functools
@@ -23,7 +22,7 @@ ROWS = 64  # of a consumer
 L2_BYTES = 32 << 20  # of keys and values that are read together
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
 SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
-GRAD_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 1)}
+GRAD_TILES = {32: (64, 6, 6), 64: (64, 6, 6), 128: (64, 4, 4), 256: (64, 2, 1)}
 DKDV_TILES = {32: (64, 4), 64: (64, 6), 128: (64, 4), 256: (64, 2)}  # COLS, STAGES
 
 
@@ -126,12 +125,6 @@ def backward_launches(
     run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 3))
     dq_launch = product(q, dout, k, v, dq, factor, run, grad=True, keys=False)
     width = run.width
-    if width not in DKDV_TILES or ALL_PRODUCTS:
-        return [
-            product(k, k, q, dout, dv, scale, run, grad=False, keys=True),
-            product(k, v, q, dout, dk, factor, run, grad=True, keys=True),
-            dq_launch,
-        ]
     cols, stages = DKDV_TILES[width]
     arguments = (describe(q, cols, width), describe(k, ROWS, width))
     arguments += (describe(v, ROWS, width), describe(dout, cols, width))
@@ -139,11 +132,8 @@ def backward_launches(
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
     if width > 128:
         return [persistent(kernels().dkdv_split, k, ROWS, arguments, constants, run), dq_launch]
-    constants |= {"REGS": REGS and width <= 64}
+    constants |= {"IN_REGISTERS": width <= 64}
     return [persistent(kernels().dkdv, k, 2 * ROWS, arguments, constants, run), dq_launch]
-
-
-ALL_PRODUCTS, ACC_FIRST, REGS = False, False, False
 
 
 class Run(NamedTuple):
@@ -169,7 +159,8 @@ def product(
     arguments = (describe(a, ROWS, width), describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
     constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), {**constants, "GRAD": grad, "KEYS": keys, "ACC_FIRST": ACC_FIRST, "REGS": REGS and width <= 128}, run)
+    constants |= {"GRAD": grad, "KEYS": keys, "IN_REGISTERS": width <= 128}
+    return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
 
 
 def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
@@ -180,7 +171,7 @@ def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: d
     if run.call["seq_offsets"] is not None:
         slots, mean_length = x.shape[0] // rows + sequences, x.shape[0] // max(1, sequences)
     group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
-    tickets = slots * heads if max_seq_len else 0
+    tickets = slots * heads if sequences and max_seq_len else 0
     arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets)
     constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernel, min(run.sms, tickets), arguments, constants)

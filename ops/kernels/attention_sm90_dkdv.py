@@ -1,8 +1,8 @@
 """dk and dv of HSTU attention on Hopper in one kernel. (Head dims up to 128: at 256 they fill the registers.)
 
-A consumer owns ROWS keys and streams q and do. The scores are computed transposed, [keys, queries], so that p and ds come
-out of the tensor cores in the layout in which dv += pT do and dk += dsT q want their A operand, without a trip through
-shared memory. Tiles come as attention_sm90_pipeline says: a, da, b, c are k, v, q, do.
+A consumer owns ROWS keys and streams q and do. The scores are computed transposed, [keys, queries], so that p and ds
+come out of the tensor cores in the layout in which dv += pT do and dk += dsT q want their A operand, without a trip
+through shared memory. Tiles come as attention_sm90_pipeline says: a, da, b, c are k, v, q, do.
 """
 
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
@@ -14,7 +14,6 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     own_tiles,
     producer,
     release,
-    resident,
     ring,
     skip,
     streamed_row,
@@ -46,7 +45,7 @@ def pointwise(s, half_alpha, key0, query0, whole, z, batch, FAMILY: gl.constexpr
 def consumer(
     dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do, queue, tiles_per_seq,
     FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
-    STAGES: gl.constexpr, REGS: gl.constexpr, W: gl.constexpr,
+    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Keys W * ROWS ... of each output tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
@@ -73,10 +72,16 @@ def consumer(
                 whole = whole_columns(key0, ROWS, mask, FAMILY, True)
                 zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
                 query0 = streamed_row(first, tiles, spans, COLS, True)
-                k_rows = loaded(k.tiles, W, s_layout, REGS)
-                v_rows = loaded(v, W, s_layout, REGS)
+                k_rows = loaded(k.tiles, W, s_layout, IN_REGISTERS)
+                v_rows = loaded(v, W, s_layout, IN_REGISTERS)
                 q_tile = wait_full(q, done, STAGES)
-                s = warpgroup_mma(operand(k.tiles, k_rows, W, REGS), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                s = warpgroup_mma(
+                    operand(k.tiles, k_rows, W, IN_REGISTERS),
+                    q_tile.permute((1, 0)),
+                    zero,
+                    use_acc=False,
+                    is_async=True,
+                )
                 s = warpgroup_mma_wait(0, deps=(s,))
                 p, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
                 p = gl.convert_layout(p, p_layout)
@@ -85,12 +90,20 @@ def consumer(
                 for t in range(first, tiles - 1):
                     query0 = streamed_row(t + 1, tiles, spans, COLS, True)
                     do_tile = wait_full(do, done, STAGES)
-                    dp = warpgroup_mma(operand(v, v_rows, W, REGS), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    dp = warpgroup_mma(
+                        operand(v, v_rows, W, IN_REGISTERS), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                    )
                     dv = warpgroup_mma(p, do_tile, dv, is_async=True)
                     dp = warpgroup_mma_wait(1, deps=(dp,))
                     ds = gl.convert_layout((g * dp).to(dtype), p_layout)
                     q_next = wait_full(q, done + 1, STAGES)
-                    s = warpgroup_mma(operand(k.tiles, k_rows, W, REGS), q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s = warpgroup_mma(
+                        operand(k.tiles, k_rows, W, IN_REGISTERS),
+                        q_next.permute((1, 0)),
+                        zero,
+                        use_acc=False,
+                        is_async=True,
+                    )
                     dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
                     dv, p, s = warpgroup_mma_wait(1, deps=(dv, p, s))
                     release(do, done, STAGES)
@@ -100,7 +113,9 @@ def consumer(
                     release(q, done, STAGES)
                     done += 1
                 do_tile = wait_full(do, done, STAGES)
-                dp = warpgroup_mma(operand(v, v_rows, W, REGS), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                dp = warpgroup_mma(
+                    operand(v, v_rows, W, IN_REGISTERS), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                )
                 dv = warpgroup_mma(p, do_tile, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 mbarrier.arrive(k.empty.index(W), count=1)
@@ -124,7 +139,7 @@ def dkdv_kernel(
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
-    REGS: gl.constexpr, num_warps: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
@@ -139,9 +154,9 @@ def dkdv_kernel(
     gl.warp_specialize(
         [
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
-                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, REGS, 0)),
+                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, IN_REGISTERS, 0)),
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
-                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, REGS, 1)),
+                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, IN_REGISTERS, 1)),
             (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),
         ],

@@ -1,7 +1,7 @@
 """dk and dv of HSTU attention on Hopper in one kernel at head dim 256, where they fill the registers of two consumers.
 
-A program owns ROWS keys. One consumer makes s = k qT, p = f(s) and dv += p do, the other dp = v doT, ds = f'(s) * dp and
-dk += ds q: four matrix products, with f'(s) handed over in shared memory. As in attention_sm90_dkdv the scores are
+A program owns ROWS keys. One consumer makes s = k qT, p = f(s) and dv += p do, the other dp = v doT, ds = f'(s) * dp
+and dk += ds q: four matrix products, with f'(s) handed over in shared memory. As in attention_sm90_dkdv the scores are
 [keys, queries], so that p and ds stay in registers. Tiles come as attention_sm90_pipeline says.
 """
 
@@ -60,19 +60,19 @@ def dv_consumer(
             p = gl.convert_layout(p, p_layout)
             for t in range(1, tiles):
                 query0 = streamed_row(t, tiles, spans, COLS, True)
+                # do of the tile before first: the load that takes its place has the longest time.
+                dv = warpgroup_mma(p, wait_full(do, done, STAGES), dv, is_async=True)
                 q_tile = wait_full(q, done + 1, STAGES)
                 s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                dv = warpgroup_mma(p, wait_full(do, done, STAGES), dv, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
+                dv, p = warpgroup_mma_wait(1, deps=(dv, p))
+                release(do, done, STAGES)
+                s = warpgroup_mma_wait(0, deps=(s,))
                 release(q, done + 1, STAGES)
                 x, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
                 mbarrier.wait(grad_empty.index(0), ((done + 1) & 1) ^ 1)
                 grads.store(g)
                 mbarrier.arrive(grad_full.index(0), count=1)
-                x = gl.convert_layout(x, p_layout)
-                dv, p = warpgroup_mma_wait(0, deps=(dv, p))
-                release(do, done, STAGES)
-                p = x
+                p = gl.convert_layout(x, p_layout)
                 done += 1
             mbarrier.arrive(k.empty.index(0), count=1)
             dv = warpgroup_mma(p, wait_full(do, done, STAGES), dv, is_async=True)
@@ -114,17 +114,16 @@ def dk_consumer(
             ds = gl.convert_layout((grads.load(s_layout) * dp).to(dtype), p_layout)
             mbarrier.arrive(grad_empty.index(0), count=1)
             for _ in range(1, tiles):
+                dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
                 do_tile = wait_full(do, done + 1, STAGES)
                 dp = warpgroup_mma(resident(v, 0), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
-                dp = warpgroup_mma_wait(1, deps=(dp,))
+                dk, ds = warpgroup_mma_wait(1, deps=(dk, ds))
+                release(q, done, STAGES)
+                dp = warpgroup_mma_wait(0, deps=(dp,))
                 release(do, done + 1, STAGES)
                 mbarrier.wait(grad_full.index(0), (done + 1) & 1)
-                x = gl.convert_layout((grads.load(s_layout) * dp).to(dtype), p_layout)
+                ds = gl.convert_layout((grads.load(s_layout) * dp).to(dtype), p_layout)
                 mbarrier.arrive(grad_empty.index(0), count=1)
-                dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
-                release(q, done, STAGES)
-                ds = x
                 done += 1
             mbarrier.arrive(k.empty.index(0), count=1)
             dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)

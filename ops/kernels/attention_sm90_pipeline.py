@@ -1,9 +1,9 @@
 """How tiles reach the consumers of a Hopper attention kernel: warp-specialised and persistent.
 
-One producer warp draws output tiles of 2 * ROWS rows; of each it loads the resident operands a and da, and streams tiles
-of COLS rows of b and c by TMA. Two consumers of four warps own ROWS rows of an output tile each and run independently,
-so that one's pointwise work and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains
-nothing: its halves move in step.)
+One producer warp draws output tiles; of each it loads the resident operands a and da, and streams tiles of COLS rows of b
+and c by TMA. Two consumers of four warps own ROWS rows of an output tile each and run independently, so that one's
+pointwise work and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its
+halves move in step.)
 """
 
 from typing import Any, NamedTuple
@@ -75,16 +75,17 @@ def resident(tiles, W: gl.constexpr):
 
 
 @gluon.jit
-def loaded(tiles, W: gl.constexpr, s_layout: gl.constexpr, REGS: gl.constexpr):
-    if REGS:
-        return resident(tiles, W).load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2))
+def loaded(tiles, W: gl.constexpr, layout: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """Consumer W's tile as a left operand in registers, where there is room: it takes no bandwidth of shared memory."""
+    if IN_REGISTERS:
+        return resident(tiles, W).load(gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2))
     else:
         return W
 
 
 @gluon.jit
-def operand(tiles, rows, W: gl.constexpr, REGS: gl.constexpr):
-    if REGS:
+def operand(tiles, rows, W: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    if IN_REGISTERS:
         return rows
     else:
         return resident(tiles, W)

@@ -5,8 +5,8 @@ Without a softmax, every product of the backward is the forward with other opera
     out = f(q kT) v              dq = (f'(q kT) * (do vT)) k        resident queries, streamed keys
     dv  = f(k qT) do             dk = (f'(k qT) * (v doT)) q        resident keys, streamed queries
 
-Each program owns its output rows, so there are no atomics on results. P stays in registers as the A operand of the second
-product. Tiles come as attention_sm90_pipeline says.
+Each program owns its output rows, so there are no atomics on results. P stays in registers as the A operand of the
+second product. Tiles come as attention_sm90_pipeline says.
 """
 
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
@@ -18,7 +18,6 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     own_tiles,
     producer,
     release,
-    resident,
     ring,
     skip,
     streamed_row,
@@ -49,7 +48,7 @@ def consumer(
     out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
     B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr, KEYS: gl.constexpr,
-    ACC_FIRST: gl.constexpr, REGS: gl.constexpr, W: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Rows W * ROWS ... of each output tile."""
     dtype: gl.constexpr = a.tiles.dtype
@@ -77,16 +76,14 @@ def consumer(
                 # First tile: nothing to overlap with yet.
                 col0 = streamed_row(first, tiles, spans, COLS, KEYS)
                 b_tile = wait_full(b, done, B_STAGES)
-                a_rows = loaded(a.tiles, W, s_layout, REGS)
-                da_rows = loaded(da, W, s_layout, REGS and GRAD)
-                s = warpgroup_mma(
-                    operand(a.tiles, a_rows, W, REGS), b_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
+                a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
+                da_rows = loaded(da, W, s_layout, IN_REGISTERS and GRAD)
+                a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
+                s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                 if GRAD:
                     c_tile = wait_full(c, done, C_STAGES)
-                    dp = warpgroup_mma(
-                        operand(da, da_rows, W, REGS), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
+                    da_tile = operand(da, da_rows, W, IN_REGISTERS)
+                    dp = warpgroup_mma(da_tile, c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -100,34 +97,25 @@ def consumer(
                 # Steady state: a tile's product under the scores of the next.
                 for t in range(first + 1, tiles):
                     col0 = streamed_row(t, tiles, spans, COLS, KEYS)
-                    if GRAD and ACC_FIRST:
-                        acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
-                    b_next = wait_full(b, done + 1, B_STAGES)
-                    s = warpgroup_mma(
-                        operand(a.tiles, a_rows, W, REGS), b_next.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
+                    a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
                     if GRAD:
-                        if not ACC_FIRST:
-                            acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
+                        # b of the tile before first: the load that takes its place has the longest time.
+                        acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
+                        b_next = wait_full(b, done + 1, B_STAGES)
+                        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                         c_next = wait_full(c, done + 1, C_STAGES)
-                        dp = warpgroup_mma(
-                            operand(da, da_rows, W, REGS), c_next.permute((1, 0)), zero, use_acc=False, is_async=True
-                        )
-                        if ACC_FIRST:
-                            acc, p = warpgroup_mma_wait(2, deps=(acc, p))
-                            release(b, done, B_STAGES)
-                            s = warpgroup_mma_wait(1, deps=(s,))
-                        else:
-                            s = warpgroup_mma_wait(2, deps=(s,))
+                        da_tile = operand(da, da_rows, W, IN_REGISTERS)
+                        dp = warpgroup_mma(da_tile, c_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                        acc, p = warpgroup_mma_wait(2, deps=(acc, p))
+                        release(b, done, B_STAGES)
+                        s = warpgroup_mma_wait(1, deps=(s,))
                         g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
-                        if ACC_FIRST:
-                            dp = warpgroup_mma_wait(0, deps=(dp,))
-                        else:
-                            acc, p, dp = warpgroup_mma_wait(0, deps=(acc, p, dp))
-                            release(b, done, B_STAGES)
+                        dp = warpgroup_mma_wait(0, deps=(dp,))
                         release(c, done + 1, C_STAGES)
                         p = gl.convert_layout((g * dp).to(dtype), p_layout)
                     else:
+                        b_next = wait_full(b, done + 1, B_STAGES)
+                        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                         acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         release(b, done + 1, B_STAGES)
@@ -160,7 +148,7 @@ def product_kernel(
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
-    GRAD: gl.constexpr, KEYS: gl.constexpr, ACC_FIRST: gl.constexpr, REGS: gl.constexpr, num_warps: gl.constexpr,
+    GRAD: gl.constexpr, KEYS: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """out[rows] = factor * sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c."""
     batch = Batch(
@@ -179,9 +167,9 @@ def product_kernel(
     gl.warp_specialize(
         [
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
-                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, ACC_FIRST, REGS, 0)),
+                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, IN_REGISTERS, 0)),
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
-                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, ACC_FIRST, REGS, 1)),
+                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, IN_REGISTERS, 1)),
             (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
                         FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, KEYS)),
         ],

@@ -5,8 +5,8 @@ Sequence z owns the slots from `first_slot(z)` on; in the jagged layout these st
 
     ceil(length / ROWS) <= floor(end / ROWS) - floor(start / ROWS) + 1
 
-so at most one slot a sequence stays empty, however long the longest is. Within groups of sequences (as many as have keys
-and values that fit the L2 together) the tiles are ordered by the keys they see, so that the last ones are short.
+so at most one slot a sequence stays empty, however long the longest is. Within groups of sequences (as many as have
+keys and values that fit the L2 together) the longest tiles come first, so that the last ones are short.
 """
 
 from typing import Any, NamedTuple

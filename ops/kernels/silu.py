@@ -56,7 +56,11 @@ def tanh_two(x):
         cvt.f32.f16 $1, high;
         }
         """,
-        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        "=f,=f,f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
     )
 
 
