@@ -1,7 +1,7 @@
 """How tiles reach the consumers of a Hopper attention kernel: warp-specialised and persistent.
 
-One producer warp draws output tiles; of each it loads the resident operands a and da, and streams tiles of COLS rows of b
-and c by TMA. Two consumers of four warps own ROWS rows of an output tile each and run independently, so that one's
+One producer warp draws output tiles; of each it loads the resident operands a and da, and streams tiles of COLS rows of
+b and c by TMA. Two consumers of four warps own ROWS rows of an output tile each and run independently, so that one's
 pointwise work and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its
 halves move in step.)
 """
