@@ -1,0 +1,70 @@
+"""Tickets of the Hopper attention: every output tile is drawn once, whatever the lengths, and long ones come first."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+ROWS, HEADS = 128, 3
+
+
+@functools.cache
+def tiles_kernel():
+    from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, tile_of_ticket
+    from hstu_compile.ops.kernels.attention_sm90_tiles import Batch
+    from hstu_compile.ops.kernels.gluon_compat import gl, gluon
+
+    @gluon.jit(do_not_specialize=["N", "num_heads", "num_sequences", "group", "tiles_per_seq", "num_tickets"])
+    def kernel(
+        out, each, N, num_heads, num_sequences, group, tiles_per_seq, num_tickets,
+        ROWS: gl.constexpr, KEYS: gl.constexpr,
+    ):  # fmt: skip
+        batch = Batch(each, N, N, num_heads, 0, 1, 0, 0)
+        tickets = Tickets(out, num_sequences, group, tiles_per_seq, num_tickets)
+        gl.store(out + gl.program_id(0), tile_of_ticket(gl.program_id(0), tickets, batch, ROWS, KEYS))
+
+    return kernel
+
+
+def drawn(lengths: list[int], group: int, *, jagged: bool, keys: bool) -> list[tuple[int, int, int]]:
+    """(sequence, head, tile) of every ticket in order."""
+    from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
+
+    N = max(lengths)
+    tiles_per_seq = math.ceil(N / ROWS)
+    offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).cuda()
+    slots = sum(lengths) // ROWS + len(lengths) if jagged else tiles_per_seq * len(lengths)
+    each = PerSequence(offsets if jagged else None, None, None, None)
+    out = torch.full((slots * HEADS,), -7, dtype=torch.int32, device="cuda")
+    tiles_kernel()[(len(out),)](
+        out, each, N, HEADS, len(lengths), group, tiles_per_seq, len(out), ROWS=ROWS, KEYS=keys, num_warps=1
+    )
+    tiles = [int(tile) for tile in out.tolist() if tile != -1]
+    return [(t // tiles_per_seq // HEADS, t // tiles_per_seq % HEADS, t % tiles_per_seq) for t in tiles]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("group", [1, 5, 32])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [128, 129, 0, 0, 1000, 127, 1],
+        [0] * 40 + [3000] + [17] * 100,
+        [32] * 1500,  # more groups than one round of probes finds
+        torch.randint(0, 700, (333,), generator=torch.Generator().manual_seed(0)).tolist(),
+    ],
+    ids=["one", "edges", "giant", "many", "random"],
+)
+def test_every_tile_once(lengths: list[int], group: int, keys: bool) -> None:
+    for jagged in (True, False):
+        got = drawn(lengths, group, jagged=jagged, keys=keys)
+        tiles = [math.ceil((n if jagged else max(lengths)) / ROWS) for n in lengths]
+        assert sorted(got) == [(z, h, t) for z, n in enumerate(tiles) for h in range(HEADS) for t in range(n)]
+        works = [(z // group, tiles[z] - t if keys else t + 1) for z, _, t in got]  # (group, tiles to stream)
+        assert works == sorted(works, key=lambda w: (w[0], -w[1])), "a shorter tile before a longer one"
