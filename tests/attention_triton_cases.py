@@ -19,7 +19,7 @@ import triton.language as tl
 
 from hstu_compile.ops.attention_mask import attention_mask
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
-from hstu_compile.ops.kernels import attention_triton
+from hstu_compile.ops.kernels import attention_triton, mask_occupancy
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, Tiles
 from hstu_compile.ops.kernels.mask_tiles import (
     Family,
@@ -240,6 +240,39 @@ def test_mask_tensor_of_every_head_with_everything() -> None:
     mask = torch.randn(1, H, N, N, device=DEVICE) * (torch.rand(1, H, N, N, device=DEVICE) < 0.01)
     bias = torch.randn(B, H, N, N, device=DEVICE).mT
     check(*tensors, {**arguments, **MASKS["everything"], "attn_mask": mask, "attn_bias": bias})
+
+
+@pytest.mark.parametrize("rows, cols", [(16, 32), (32, 16), (64, 4)])
+def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
+    monkeypatch.setattr(mask_occupancy, "WIDTH", 4)
+    N = 4 * 64 + 3
+    tiles = torch.randint(0, 3, (2, 3, triton.cdiv(N, rows), triton.cdiv(N, cols)), device=DEVICE)
+    mask = tiles.bool().repeat_interleave(rows, 2).repeat_interleave(cols, 3)[:, :, :N, :N].float()
+    mask[:, :, ::rows, ::cols] *= tiles  # one cell of each tile is 2
+    whole = torch.ones_like(tiles, dtype=torch.bool)
+    whole[:, :, -1], whole[..., -1] = N % rows == 0, N % cols == 0
+    held = tiles > 0
+    for dtype in (torch.float32, torch.bool):
+        ones = whole & (held if dtype == torch.bool else tiles == 1)
+        visits, ranks = mask_occupancy.occupied_tiles(mask.to(dtype), rows, cols)
+        assert torch.equal(ranks.long(), F.pad(held.cumsum(-1), (1, 0)))
+        want = (2 * torch.arange(tiles.shape[-1], device=DEVICE) + ones)[held]
+        listed = torch.arange(tiles.shape[-1], device=DEVICE) < ranks[..., -1:]
+        assert torch.equal(visits[listed].long(), want)
+
+
+def test_a_call_lists_tiles_of_one_shape_once(monkeypatch) -> None:
+    """A backward that makes dq and dbias in tiles of one shape makes two lists: theirs and that of dk and dv."""
+    made = []
+    occupied_tiles = mask_occupancy.occupied_tiles
+    monkeypatch.setattr(attention_triton, "occupied_tiles", lambda *a: made.append(a[1:]) or occupied_tiles(*a))
+    tile, tall = Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)
+    monkeypatch.setattr(attention_triton, "tiles_for", lambda *_, **__: Tiles(tile, tile, tall, tile))
+    *tensors, arguments = inputs("jagged", 16, 16, torch.float32)
+    cells = {"attn_mask": torch.ones(1, 1, N, N, device=DEVICE), "attn_bias": torch.randn(1, 1, N, N, device=DEVICE)}
+    call = {**arguments, **cells, "scale": 1.0}
+    attention_triton.backward(tensors[3], *tensors[:3], **call, needs_bias_grad=True)
+    assert made == [(16, 32), (16, 32)]  # queries by keys, then keys by queries
 
 
 def test_nothing_to_do() -> None:

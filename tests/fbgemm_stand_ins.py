@@ -1,5 +1,6 @@
-"""fbgemm's jagged ops, for machines without fbgemm_gpu: the same names, signatures and dispatch, from plain PyTorch.
+"""fbgemm's jagged ops, for machines without fbgemm_gpu: the same names, signatures and dispatch.
 
+On a GPU with triton each call is one kernel (fbgemm_stand_in_kernels.py), as in fbgemm_gpu; elsewhere plain PyTorch.
 Importing this module makes `torch.ops.fbgemm` usable: fbgemm_gpu itself where it can be imported, else these.
 As in fbgemm_gpu, the public names are composites of the `_forward` ops, which carry the gradient.
 """
@@ -76,12 +77,18 @@ def _register() -> torch.library.Library:
         padded = torch.ops.fbgemm.jagged_to_padded_dense_forward(grad, list(ctx.saved_tensors), [ctx.size], 0.0)
         return padded, [None], None
 
-    for name, forward, fake, backward in (
-        ("jagged_to_padded_dense_forward", pad, pad_fake, pad_backward),
-        ("dense_to_jagged_forward", unpad, unpad_fake, unpad_backward),
+    try:
+        from tests.fbgemm_stand_in_kernels import pad as pad_on_gpu
+        from tests.fbgemm_stand_in_kernels import unpad as unpad_on_gpu
+    except ImportError:  # no triton
+        pad_on_gpu, unpad_on_gpu = pad, unpad
+
+    for name, on_cpu, on_gpu, fake, backward in (
+        ("jagged_to_padded_dense_forward", pad, pad_on_gpu, pad_fake, pad_backward),
+        ("dense_to_jagged_forward", unpad, unpad_on_gpu, unpad_fake, unpad_backward),
     ):
-        library.impl(name, forward, "CPU")
-        library.impl(name, forward, "CUDA")
+        library.impl(name, on_cpu, "CPU")
+        library.impl(name, on_gpu, "CUDA")
         torch.library.register_fake(f"fbgemm::{name}", fake, lib=library)
         torch.library.register_autograd(f"fbgemm::{name}", backward, setup_context=keep_for_backward, lib=library)
 

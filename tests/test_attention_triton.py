@@ -108,13 +108,15 @@ def test_bias_and_mask_without_spills(dim: int, monkeypatch) -> None:
 
 
 def test_everything_at_once_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every clause of the mask, a mask tensor and a bias; and the kernel that finds the mask's occupied tiles."""
+    """Every clause of the mask, a mask tensor and a bias; and the kernels that find the mask's occupied tiles."""
 
     def occupied_tiles(mask, rows, cols) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes = {"ROWS": rows, "COLS": cols, "CHUNK": min(cols, 64)}
-        lists = empty_lists(mask, rows, cols)
-        compiled = mask_occupancy.occupied_tiles_kernel.warmup(mask, mask.stride(), *lists, 16, 1, **sizes, grid=(1,))
-        assert compile_only.resources(compiled).spilled == 0
+        states, lists = torch.empty(1, dtype=torch.int8), empty_lists(mask, rows, cols)
+        for compiled in (
+            mask_occupancy.tile_states_kernel.warmup(mask, mask.stride(), states, 16, 1, rows, cols, grid=(1,)),
+            mask_occupancy.list_tiles_kernel.warmup(states, *lists, 1, mask_occupancy.WIDTH, grid=(1,)),
+        ):
+            assert compile_only.resources(compiled).spilled == 0
         return lists
 
     monkeypatch.setattr(attention_triton, "occupied_tiles", occupied_tiles)

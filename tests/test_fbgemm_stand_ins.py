@@ -1,5 +1,11 @@
 """The stand-ins for fbgemm's jagged ops give what fbgemm gives, and never wait for the device when told the size."""
 
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,13 +78,50 @@ def test_nothing_waits_for_the_device() -> None:
     assert calls.names and not WAITS & set(calls.names)
 
 
+def check_kernels(device: str) -> None:
+    """The kernels against plain PyTorch, for a slice of a wider tensor and for sequences that lie in another order."""
+    from tests import fbgemm_stand_in_kernels as kernels
+
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
+    for name, index, dtype, D in itertools.product(LENGTHS, [torch.int32, torch.int64], dtypes, [1, 3, 520]):
+        offsets, B = [offsets_of(name, index, device)], len(LENGTHS[name])
+        total = int(offsets[0][-1])
+        values = torch.randn(total, D + 2, device=device).mul(9).to(dtype)[:, 1:-1]
+        dense = torch.randn(5, B, D, device=device).mul(9).to(dtype).transpose(0, 1)
+        for N, padding in ((5, 0.0), (5, -2.1), (0, 0.0)):
+            assert torch.equal(kernels.pad(values, offsets, [N], padding), pad(values, offsets, [N], padding))
+        for size in (None, total, total + 4, max(total - 2, 0)):
+            assert torch.equal(kernels.unpad(dense, offsets, size), unpad(dense, offsets, size))
+        assert torch.equal(kernels.unpad(dense[:, :0], offsets, total), unpad(dense[:, :0], offsets, total))
+    offsets, values = [torch.arange(0, 40 * 37, 37, device=device)], torch.randn(39 * 37, 24, device=device)
+    padded = kernels.pad(values, offsets, [50])
+    assert torch.equal(padded, pad(values, offsets, [50]))
+    assert torch.equal(kernels.unpad(padded, offsets), values)
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    code = "import tests.triton_interpreter; from tests.test_fbgemm_stand_ins import check_kernels as run; run('cpu')"
+    env, root = {**os.environ, "TRITON_INTERPRET": "1"}, Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cuda
+def test_kernels_on_the_gpu() -> None:
+    check_kernels("cuda")
+
+
 @pytest.mark.cuda
 def test_nothing_waits_for_the_gpu() -> None:
     offsets = [offsets_of("all kinds", torch.int64, "cuda")]
     values = torch.ones(9, 2, device="cuda")
+    from tests import fbgemm_stand_in_kernels as kernels
+
     mode = torch.cuda.get_sync_debug_mode()
     try:
         torch.cuda.set_sync_debug_mode("error")
         unpad(pad(values, offsets, [5]), offsets, 9)
+        kernels.unpad(kernels.pad(values, offsets, [5]), offsets, 9)
     finally:
         torch.cuda.set_sync_debug_mode(mode)

@@ -109,6 +109,7 @@ class Call:
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
         self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
+        self.lists: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
         self.sequences = {
             "sequences": Sequences(*(None if t is None else t.contiguous() for t in per_sequence)),
@@ -144,11 +145,14 @@ class Call:
         return Cells(t, *strides, constant(16 if self.max_seq_len % 16 == 0 else 1))
 
     def occupied(self, rows: int, cols: int, *, by_keys: bool) -> dict[str, Any]:
-        """The mask tensor's lists of occupied tiles, a line for every `rows` queries or for every `cols` keys."""
+        """Lists of the mask tensor's occupied tiles, made once: a line for `rows` queries each, or for `cols` keys."""
         if self.attn_mask is None:
             return {"visits": None, "ranks": None, "mask_batches": 1, "mask_heads": 1}
-        sizes = (cols, rows) if by_keys else (rows, cols)
-        visits, ranks = occupied_tiles(self.attn_mask.mT if by_keys else self.attn_mask, *sizes)
+        key = rows, cols, by_keys
+        if key not in self.lists:
+            mask, *sizes = (self.attn_mask.mT, cols, rows) if by_keys else (self.attn_mask, rows, cols)
+            self.lists[key] = occupied_tiles(mask, *sizes)
+        visits, ranks = self.lists[key]
         return {"visits": visits, "ranks": ranks, "mask_batches": visits.shape[0], "mask_heads": visits.shape[1]}
 
     def programs(self, kept: int) -> int:
