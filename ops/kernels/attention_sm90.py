@@ -156,7 +156,8 @@ def product(
 ) -> Launch:
     width, call = run.width, run.call
     cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
-    arguments = (describe(a, ROWS, width), describe(da, ROWS, width))
+    a_rows = describe(a, ROWS, width)
+    arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
     constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
     constants |= {"GRAD": grad, "KEYS": keys, "IN_REGISTERS": width <= 128}
