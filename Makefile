@@ -1,6 +1,7 @@
 # make demo, make test: make .venv, install what they need into it, run. With VENV= they run in the interpreter that is there.
 VENV ?= .venv
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+EXTRAS ?= test,bench,dev,fbgemm
 ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -33,9 +34,9 @@ format: $(READY)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# The tests under another torch, with the triton that it brings: make test-torch TORCH=2.15.0
+# The tests under another torch, with the triton that it brings and without fbgemm: make test-torch TORCH=2.15.0
 test-torch:
-	$(MAKE) .venv-torch-$(TORCH)/ready-torch-$(TORCH) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
+	$(MAKE) .venv-torch-$(TORCH)/ready-torch-$(TORCH) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) EXTRAS=test,bench,dev
 	.venv-torch-$(TORCH)/bin/python -m pytest $(ARGS)
 
 bench: $(READY)
@@ -55,6 +56,6 @@ $(READY): pyproject.toml constraints.txt
 	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) torch==$(TORCH)
 	$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) -c constraints.txt triton
-	$(PIP) -c $(VENV)/constraints.txt -e '.[test,bench,dev]'
+	$(PIP) -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 endif

@@ -87,8 +87,9 @@ def _register() -> torch.library.Library:
         ("jagged_to_padded_dense_forward", pad, pad_on_gpu, pad_fake, pad_backward),
         ("dense_to_jagged_forward", unpad, unpad_on_gpu, unpad_fake, unpad_backward),
     ):
-        library.impl(name, on_cpu, "CPU")
-        library.impl(name, on_gpu, "CUDA")
+        # fbgemm's are C++: Dynamo never sees inside, also when one is called between two graphs.
+        library.impl(name, torch.compiler.disable(on_cpu), "CPU")
+        library.impl(name, torch.compiler.disable(on_gpu), "CUDA")
         torch.library.register_fake(f"fbgemm::{name}", fake, lib=library)
         torch.library.register_autograd(f"fbgemm::{name}", backward, setup_context=keep_for_backward, lib=library)
 
@@ -98,8 +99,8 @@ def _register() -> torch.library.Library:
     def public_unpad(dense, x_offsets, total_L=None):
         return torch.ops.fbgemm.dense_to_jagged_forward(dense, x_offsets, total_L), x_offsets
 
-    library.impl("jagged_to_padded_dense", public_pad, "CompositeImplicitAutograd")
-    library.impl("dense_to_jagged", public_unpad, "CompositeImplicitAutograd")
+    library.impl("jagged_to_padded_dense", torch.compiler.disable(public_pad), "CompositeImplicitAutograd")
+    library.impl("dense_to_jagged", torch.compiler.disable(public_unpad), "CompositeImplicitAutograd")
     return library
 
 
