@@ -84,7 +84,7 @@ def compiled(dim: int, dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, An
 
 
 # Bytes a thread that these may spill; what is not here spills nothing. They are addresses, not tiles.
-SPILLS = {(128, "causal", "dkdv_kernel"): 64}
+SPILLS = {(128, "causal", "backward_kernel"): 16, (64, "everything", "backward_kernel"): 64}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_compiles(dim: int, dtype: torch.dtype, mask: str) -> None:
     import triton
 
     kernels = compiled(dim, dtype, MASKS[mask])
-    assert len(kernels) == (4 if dim > 128 else 3)
+    assert len(kernels) == (4 if dim > 128 else 2)
     for name, kernel in kernels.items():
         resources = compile_only.resources(kernel)
         assert resources.shared <= compile_only.SHARED_MEMORY[90], name
@@ -124,9 +124,10 @@ def test_changing_sizes_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
-def test_masks_are_the_formula() -> None:
+@pytest.mark.parametrize("name", ["mask_interval_cases.py", "mask_visit_cases.py"])
+def test_masks_are_the_formula(name: str) -> None:
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
-    cases = Path(__file__).with_name("mask_interval_cases.py")
+    cases = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,6 +23,7 @@ FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4)}  # BLOCK_
 PRODUCT_TILES = {32: (128, 128, 2, 2), 64: (128, 128, 2, 2), 128: (128, 128, 2, 2), 256: (128, 64, 2, 1)}  # f'
 MASKED_PRODUCT_TILES = {128: (128, 64, 3, 3)}  # with targets or contextual rows, whose bounds would spill above
 SILU_PRODUCT_TILES = {256: (128, 64, 2, 2)}  # f: BLOCK_R, BLOCK_C, B_STAGES, C_STAGES
+BACKWARD_TILES = {32: (128, 128, 3), 64: (128, 128, 3), 128: (128, 64, 3)}  # KEYS, QUERIES, STAGES; or two kernels:
 DKDV_TILES = {32: (128, 64, 3), 64: (128, 64, 3), 128: (128, 64, 2)}  # KEYS, QUERIES, STAGES
 
 
@@ -66,19 +67,21 @@ class Kernels(NamedTuple):
     forward: Any
     product: Any
     dkdv: Any
+    backward: Any
 
 
 @functools.cache
 def kernels() -> Kernels:
     """Imported at the first launch."""
     from hstu_compile.ops.kernels import gluon_compat
+    from hstu_compile.ops.kernels.attention_sm90_backward import backward_kernel
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_forward import forward_kernel
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, PerSequence, Family, forward_kernel, product_kernel, dkdv_kernel)
+    return Kernels(gluon_compat, PerSequence, Family, forward_kernel, product_kernel, dkdv_kernel, backward_kernel)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -134,6 +137,8 @@ def backward_launches(
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
     batch = batch_of(q, batch_rows, call)
+    if width in BACKWARD_TILES:
+        return [one_kernel(dout, q, k, v, dq, dk, dv, width, half_alpha, factor, scale, batch, call)]
     tiles = MASKED_PRODUCT_TILES.get(width, PRODUCT_TILES[width]) if is_ragged(call) else PRODUCT_TILES[width]
     dq_launch = product(q, dout, k, v, dq, width, tiles, half_alpha, factor, batch, call, True, False)
     if width not in DKDV_TILES:
@@ -150,6 +155,27 @@ def backward_launches(
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
     constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call), "num_warps": 8}
     return [Launch(kernels().dkdv, tiles_per_seq * heads_in(q, call), arguments, constants), dq_launch]
+
+
+def one_kernel(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, width: int,
+    half_alpha: float, factor: float, scale: float, batch: tuple, call: dict[str, Any],
+) -> Launch:  # fmt: skip
+    """Five products, see attention_sm90_backward."""
+    keys, queries, stages = BACKWARD_TILES[width]
+    tiles_per_seq = math.ceil(call["max_seq_len"] / keys)
+    heads = heads_in(q, call)
+    slots = (math.prod(q.shape[:-2]) // queries) * q.shape[-2] + heads  # tiles of dq, of all sequences
+    sums = torch.empty(slots, queries * width, dtype=torch.float32, device=q.device)
+    counters = torch.zeros(slots, dtype=torch.int32, device=q.device)
+    arguments = (describe(q, queries, width), describe(k, keys // 2, width))
+    arguments += (describe(v, keys // 2, width), describe(dout, queries, width))
+    arguments += (dq, dk, dv, row_width(dq), row_width(dk), row_width(dv), sums, counters, half_alpha, factor, scale)
+    arguments += (*batch, tiles_per_seq)
+    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
+    constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call)}
+    constants |= {"num_warps": 4, "maxnreg": 168}
+    return Launch(kernels().backward, tiles_per_seq * heads, arguments, constants)
 
 
 def product(

@@ -145,15 +145,18 @@ def live_tile(x, row0, col0, z, batch, FAMILY: gl.constexpr, KEYS_FIRST: gl.cons
 
 
 @gluon.jit
-def store_rows(out, row_stride, acc, row0, sequence, DIM: gl.constexpr):
-    """Rows of a [..., heads, DIM] output. By pointer: a TMA store would overwrite the next sequence's first rows."""
+def store_rows(out, row_stride, acc, row0, sequence, DIM: gl.constexpr, COL0: gl.constexpr = 0):
+    """Rows of a [..., heads, DIM] output, from column COL0.
+
+    By pointer: a TMA store would overwrite the next sequence's first rows.
+    """
     layout: gl.constexpr = acc.type.layout
     rows = row0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
+    cols = COL0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
     out += sequence.out_row * row_stride + sequence.head * DIM
     where = rows[:, None].to(gl.int64) * row_stride + cols[None, :]
     inside = rows[:, None] < sequence.stored
-    if DIM < acc.shape[1]:
+    if DIM < COL0 + acc.shape[1]:
         inside = inside & (cols[None, :] < DIM)
     acc = gl.where(rows[:, None] < sequence.length, acc, 0.0)
     gl.store(out + where, acc.to(out.dtype.element_ty), mask=inside)
