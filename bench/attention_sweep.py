@@ -1,181 +1,91 @@
-"""Attention kernels side by side on the GPU: errors first, then TFLOP/s of forward and backward.
+"""Attention kernels side by side on the GPU, while working on them: errors first, then TFLOP/s.
 
-    python -m bench.attention_sweep --out results.json
+    python -m bench.attention_sweep --dims 64 256 --seq-lens 1024 4096 --masks causal --out results.json
 
-B = 32, H * D = 1024, bf16, q, k, v slices of one packed [T, 4 * H * D] buffer, all sequences of full length. A time is
-the median of single launches replayed from a CUDA graph, the kernels interleaved, without host time. FLOPs are those of
-the live cells: 4 * H * D each forward, 2.5 times that backward.
+The protocol is that of bench/test_attention.py, which records the results that count.
 """
 
 import argparse
 import functools
 import itertools
 import json
-import statistics
-import time
-from collections.abc import Callable
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hstu_compile.ops.hstu_attention_reference import (
-    hstu_attention_backward_reference,
-    hstu_attention_reference,
-)
-from hstu_compile.ops.kernels import attention_sm90, attention_triton
+from bench.attention_problem import DIRECTIONS, Inputs, Problem, Reference, calls_of, inputs, kernels, run_once
+from bench.launches import Recorder, interleaved
+from bench.show import table
 
-KERNELS: dict[str, ModuleType] = {"sm90": attention_sm90, "portable": attention_triton}
-BATCH, WIDTH = 32, 1024
-DIMS, LENGTHS = (64, 128, 256), (1024, 2048, 4096, 8192)
-TARGETS = 256
-REPEATS = 20
-
-
-def problem(lengths: list[int], heads: int, dim: int, **mask: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """q, k, v, dout and the arguments of a kernel."""
-    T = sum(lengths)
-    packed = torch.randn(T, 4 * heads * dim, device="cuda", dtype=torch.bfloat16)
-    _, v, q, k = (x.view(T, heads, dim) for x in packed.chunk(4, dim=1))
-    dout = torch.randn(T, heads, dim, device="cuda", dtype=torch.bfloat16)
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
-    arguments = {
-        "seq_offsets": offsets,
-        "seq_lengths": None,
-        "num_targets": None,
-        "num_contextuals": None,
-        "attn_mask": None,
-        "attn_bias": None,
-        "max_seq_len": max(lengths),
-        "alpha": dim**-0.5,
-        "causal": True,
-        "contextual_seq_len": 0,
-        "target_group_size": 1,
-        "max_attn_len": 0,
-        "min_full_attn_seq_len": 0,
-        "targets_share_position": False,
-    }
-    return [q, k, v, dout], {**arguments, **mask}
+DEVICE = torch.device("cuda")
 
 
 def check(dim: int) -> dict[str, dict[str, float]]:
     """Relative errors ||kernel - float64|| / ||float64|| of out, dq, dk, dv, the worst over a few masks."""
-    lengths = [700, 33, 385, 128, 1]
-    targets = torch.tensor([300, 2, 0, 128, 0], device="cuda")
-    worst: dict[str, dict[str, float]] = {name: {} for name in KERNELS}
+    targets = torch.tensor([300, 2, 0, 128, 0], device=DEVICE)
+    worst: dict[str, dict[str, float]] = {name: {} for name in kernels()}
     for mask in ({}, {"num_targets": targets}, {"max_attn_len": 100}, {"contextual_seq_len": 1, "causal": False}):
-        (q, k, v, dout), arguments = problem(lengths, 2, dim, **mask)
-        exact = [x.double() for x in (q, k, v)]
-        plain = {**arguments, "scaling_seq_len": 700.0}
-        want = [hstu_attention_reference(*exact, **plain)]
-        want += hstu_attention_backward_reference(dout.double(), *exact, **plain, needs_bias_grad=False)[:3]
-        for name, module in KERNELS.items():
-            got = [module.forward(q, k, v, **arguments, scale=1 / 700)]
-            got += module.backward(dout, q, k, v, **arguments, scale=1 / 700, needs_bias_grad=False)[:3]
-            for result, ours, reference in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-                error = ((ours.double() - reference).norm() / reference.norm()).item()
-                before = worst[name].get(result, 0.0)
-                worst[name][result] = error if not error <= before else before  # NaN stays
+        given = inputs([700, 33, 385, 128, 1], 2, dim, DEVICE, torch.bfloat16, **mask)
+        want = run_once(Reference, Inputs(*(x.double() for x in given[:4]), given.call))
+        for name, errors in worst.items():
+            for result, ours, exact in zip(
+                ("out", "dq", "dk", "dv"), run_once(kernels()[name], given), want, strict=True
+            ):
+                error = ((ours.double() - exact).norm() / exact.norm()).item()
+                before = errors.get(result, 0.0)
+                errors[result] = error if not error <= before else before  # NaN stays
     return worst
 
 
-def replayable(call: Callable[[], Any]) -> Callable[[], None]:
-    """One call, captured."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def median_ms(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(REPEATS + 3):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times[name].append(begin.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def live_pairs(length: int, targets: int) -> int:
-    """Of one full sequence: causal, the targets to history and themselves."""
-    history = length - targets
-    return history * (history + 1) // 2 + targets * (history + 1)
-
-
-def measure(dim: int, length: int, targets: int) -> list[dict[str, Any]]:
-    heads = WIDTH // dim
-    mask = {"num_targets": torch.full((BATCH,), targets, device="cuda")} if targets else {}
-    (q, k, v, dout), arguments = problem([length] * BATCH, heads, dim, **mask)
-    arguments["scale"] = 1 / length
+def measure(problem: Problem, seconds: float = 0.2) -> list[dict[str, Any]]:
+    sets = [problem.inputs(DEVICE, torch.bfloat16) for _ in range(2)]
     results = []
-    for direction, factor in (("forward", 4), ("backward", 10)):
-        calls = {}
-        for name, module in KERNELS.items():
-            if direction == "forward":
-                call = functools.partial(module.forward, q, k, v, **arguments)
-            else:
-                call = functools.partial(module.backward, dout, q, k, v, **arguments, needs_bias_grad=False)
-            calls[name] = replayable(call)
-        flops = factor * BATCH * heads * dim * live_pairs(length, targets)
-        for name, ms in median_ms(calls).items():
-            results.append(
-                {
-                    "implementation": name,
-                    "direction": direction,
-                    "dtype": "bfloat16",
-                    "head_dim": dim,
-                    "seq_len": length,
-                    "batch": BATCH,
-                    "num_heads": heads,
-                    "mask": "targets" if targets else "causal",
-                    "ms": ms,
-                    "tflops": flops / ms / 1e9,
-                }
-            )
+    for direction in DIRECTIONS:
+        recorder = Recorder(DEVICE)
+        launches = {
+            name: recorder.launches(functools.partial(calls_of, kernel, direction, sets))
+            for name, kernel in kernels().items()
+        }
+        for name, times in interleaved(launches, DEVICE, seconds).items():
+            tflops, sustained = (problem.flops(direction) / ms / 1e9 for ms in times)
+            what = {"implementation": name, "direction": direction, **problem._asdict()}
+            results.append({**what, **times._asdict(), "tflops": tflops, "sustained_tflops": sustained})
     return results
-
-
-def show(results: list[dict[str, Any]]) -> None:
-    cells = {
-        (r["direction"], r["mask"], r["head_dim"], r["implementation"], r["seq_len"]): r["tflops"] for r in results
-    }
-    print(f"{'TFLOP/s':34}" + "".join(f"{length:>8}" for length in LENGTHS))
-    for direction, mask, dim, name in itertools.product(("forward", "backward"), ("causal", "targets"), DIMS, KERNELS):
-        row = [cells.get((direction, mask, dim, name, length)) for length in LENGTHS]
-        if any(row):
-            label = f"{direction:9}{mask:8} D={dim:<4} {name}"
-            print(f"{label:34}" + "".join(f"{x:8.0f}" if x else f"{'':8}" for x in row))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--masks", nargs="+", default=["causal", "targets"], help="causal, targets, window")
+    parser.add_argument("--lengths", default="full", help="full, zipf, giant, tiny")
     parser.add_argument("--out", help="write the results here as JSON")
-    parser.add_argument("--seconds", type=float, default=110.0, help="measure nothing more after this long")
-    out, seconds = vars(parser.parse_args()).values()
-    began = time.monotonic()
+    given = parser.parse_args()
     torch.manual_seed(0)
-    errors = {dim: check(dim) for dim in DIMS}
-    for dim, worst in errors.items():
-        print(f"D={dim}: relative errors", {n: {r: f"{e:.1e}" for r, e in es.items()} for n, es in worst.items()})
-    results: list[dict[str, Any]] = []
-    for targets, length, dim in itertools.product((0, TARGETS), LENGTHS, DIMS):
-        if time.monotonic() - began < seconds:
-            results += measure(dim, length, targets)
-            torch.cuda.empty_cache()
-    show(results)
-    print(f"{torch.cuda.get_device_name()}, {time.monotonic() - began:.0f} s")
-    if out:
-        with open(out, "w") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "errors": errors, "results": results}, file, indent=1)
+    errors = {dim: check(dim) for dim in given.dims}
+    rows = [
+        (str(dim), name, *(f"{e:.1e}" for e in found.values()))
+        for dim, w in errors.items()
+        for name, found in w.items()
+    ]
+    print(table(("D", "relative errors", "out", "dq", "dk", "dv"), rows))
+    results = [
+        row
+        for mask, seq_len, dim in itertools.product(given.masks, given.seq_lens, given.dims)
+        for row in measure(Problem(dim, seq_len, given.lengths, mask))
+    ]
+    keys = ("mask", "head_dim", "seq_len", "direction", "implementation")
+    shown = [
+        [*(str(row[key]) for key in keys), *(f"{row[key]:.0f}" for key in ("tflops", "sustained_tflops"))]
+        for row in results
+    ]
+    print(table((*keys, "TFLOP/s", "sustained"), shown))
+    print(torch.cuda.get_device_name())
+    if given.out:
+        Path(given.out).write_text(
+            json.dumps({"gpu": torch.cuda.get_device_name(), "errors": errors, "results": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

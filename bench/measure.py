@@ -37,11 +37,11 @@ def interleaved_milliseconds(steps: Mapping[str, Callable[[], None]], device: to
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(_milliseconds(step, device))
+            times[name].append(milliseconds(step, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _milliseconds(step: Callable[[], None], device: torch.device) -> float:
+def milliseconds(step: Callable[[], None], device: torch.device) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
         step()

@@ -1,5 +1,6 @@
 """The backend: capture, passes, graft, and on to Inductor. What cannot be rewritten is compiled as Inductor would."""
 
+import copy
 import functools
 import logging
 import sys
@@ -45,14 +46,12 @@ def backend(
     given = {**(options or {}), **{name: value for name, value in kwargs.items() if name in KNOWN}}
     chosen, inductor = split(mode, given)
     inductor.update(kwargs.get("config_patches") or {})  # what Dynamo's own debug override passes
-    captured, report = rewrite(gm, chosen)
+    captured, original, report = rewrite(gm, chosen)
     _judge(gm, report, chosen)
     verified: Callable[[Callable], Callable] | None = None
     if captured is not None:
-        if chosen.verify:  # graphs of its own: from the graft on, this one belongs to Inductor
-            again, _ = _rewrite(gm, chosen)
-            assert again is not None
-            verified = functools.partial(verified_once, capture(gm), again)
+        if original is not None:  # from the graft on, the captured graph belongs to Inductor
+            verified = functools.partial(verified_once, original, copy.deepcopy(captured))
         graft(captured, gm)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
     if verified:
@@ -69,22 +68,24 @@ def _reset() -> None:
 backend.reset = _reset  # type: ignore[attr-defined]
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
-    """The captured and rewritten graph (None when no pass fired), and what the passes decided. `gm` is left alone."""
-    captured, report = _rewrite(gm, options)
+def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, fx.GraphModule | None, Report]:
+    """The captured and rewritten graph (None when no pass fired), to verify it the graph as it was captured, and what
+    the passes decided. `gm` is left alone."""
+    captured, original, report = _rewrite(gm, options)
     log.info("%s", report)
     if captured is not None:
         log.debug("%s", captured.print_readable(print_output=False))
-    return captured, report
+    return captured, original, report
 
 
-def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
+def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, fx.GraphModule | None, Report]:
     report = Report()
     try:
         captured = capture(gm)
-        fused = apply(captured, report, options.passes)
+        original = copy.deepcopy(captured) if options.verify else None
+        found = apply(captured, report, options.passes)
         recompute(captured, _recomputed_roles(options), report)
-        return (captured if fused else None), report
+        return (captured if found else None), original, report
     except NotCaptured as error:
         reason = str(error)
     except Exception as error:
@@ -93,7 +94,7 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | Non
         # Whatever goes wrong here must not break a model that Inductor can compile.
         log.exception("hstu_compile: a graph could not be rewritten and is compiled as Inductor would")
         reason = f"{type(error).__name__}: {error}"
-    return None, Report([Region("capture", "the whole graph", where(gm), reason)])
+    return None, None, Report([Region("capture", "the whole graph", where(gm), reason)])
 
 
 def _recomputed_roles(options: Options) -> set[str]:
@@ -110,7 +111,8 @@ def where(gm: fx.GraphModule) -> str:
 
 
 def _judge(gm: fx.GraphModule, report: Report, options: Options) -> None:
-    if report.fused() and (options.expect is None or len(report.fused("attention")) >= options.expect):
+    known = report.fused() or report.recognised()
+    if known and (options.expect is None or len(report.fused("attention")) >= options.expect):
         return
     if _is_glue(gm):
         return

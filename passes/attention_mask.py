@@ -42,7 +42,7 @@ def identify(
     No terms: every cell is live.
 
     Values are computed here: not to be called under a FakeTensorMode.
-    Equal means: wherever 0 <= contextual, 0 <= targets and contextual + targets <= length, the family's own domain.
+    Equal means: wherever 0 <= contextual and 0 <= targets <= length, also where both don't fit into the length.
     """
     if not terms:
         return MaskMeaning(causal=False)

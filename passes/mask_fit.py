@@ -136,8 +136,7 @@ def _sieve(reading: Reading, samples: Samples, observed: Observed, suggested: di
                 min_full_attn_seq_len=full,
                 targets_share_position=share,
             )
-            outside = (contextual + t > n) & (n > 0)
-            fitting = ((expected == live) | outside).all(1)
+            fitting = (expected == live).all(1)
             if fitting.any():
                 remaining.append((causal, share, numbers[fitting]))
         if not remaining:

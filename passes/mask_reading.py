@@ -60,7 +60,7 @@ class Reading:
         return role in self.roles.values()
 
     def samples(self, contextual_seq_len: int = 0) -> Samples:
-        """Sequences of all kinds, with room for so many contextual tokens."""
+        """Sequences of all kinds, most with room for so many contextual tokens."""
         return self.at(
             sample_counts(
                 self.rng,

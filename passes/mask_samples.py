@@ -50,32 +50,30 @@ def sample_counts(
 ) -> list[Counts]:
     """Sequences of up to `length` tokens: all of them if these are few, else edge cases first, the rest at random.
 
-    0 <= contextual, 0 <= targets, contextual + targets <= length; or an empty sequence.
+    0 <= targets <= length, 0 <= contextual; one in four may have no room for its contextual tokens and its targets.
     varying: lengths vary. targets, contextual: these counts vary. contextual_seq_len: what they leave free.
     """
-
-    def fitting(n: int, t: int, c: int) -> bool:
-        return n == 0 and t == c == 0 or c + t <= n and contextual_seq_len + t <= n
-
     if length <= ALL_SEQUENCES:
         lengths = range(length + 1) if varying else [length]
         return [
             (n, t, c)
             for n in lengths
             for t in range(n + 1 if targets else 1)
-            for c in range(n + 1 if contextual else 1)
-            if fitting(n, t, c)
+            for c in range(length + 2 if contextual else 1)
         ]
     edges = [0, 1, 2, 3, 5, length // 2, length - 1, length]
     counts: list[Counts] = []
     while len(counts) < SEQUENCES:
         k = len(counts)
+        fits = k % 4 != 3
         n = length if not varying or k % 4 == 0 else edges[k // 2 % 8] if k < 16 else rng.randint(0, length)
-        if contextual_seq_len and n < contextual_seq_len:
+        if contextual_seq_len and varying and not fits:
+            n = rng.randint(0, min(2 * contextual_seq_len, length))
+        elif n < contextual_seq_len:
             n = 0 if varying and k % 2 else rng.randint(contextual_seq_len, length)
-        room = max(n - contextual_seq_len, 0)
+        room = max(n - contextual_seq_len, 0) if fits else n
         t = _count(rng, room) if targets and k % 2 else 0
-        c = _count(rng, n - t) if contextual and rng.random() < 0.7 else 0
+        c = _count(rng, n - t if fits else length) if contextual and rng.random() < 0.7 else 0
         counts.append((n, t, c))
     return counts
 

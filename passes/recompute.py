@@ -1,25 +1,51 @@
 """Selective recompute as a property of the graph: which parts of a uvqk projection the backward computes again.
 
 The partitioner of AOTAutograd honours `node.meta["recompute"]`, which tracing carries from here into the joint graph.
-The nodes are named by the uvqk pass: `node.meta["hstu_compile_role"]`.
+The nodes are named by the uvqk pass: `node.meta["hstu_compile_role"]`. Slices, views and casts of what is recomputed
+are recomputed too: else the partitioner saves them, which our ops and products read, and nothing is freed.
 """
 
+import operator
 from collections.abc import Collection
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hstu_compile.passes import parts
+from hstu_compile.passes.graph import cast, is_call, is_cast, value
 from hstu_compile.passes.report import Report, source_line
+from hstu_compile.passes.uvqk import MOVES, PROJECTIONS, ROLE, SLICES, SPLITS
 
 ROLES = ("input_layernorm", "uvqk_projection", "input_silu")
 
 
 def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> None:
     """Tag the nodes of these roles, and report them."""
-    for part in parts(gm):
+    for part in parts(gm) if roles else ():
+        tagged: set[fx.Node] = set()
         for node in part.graph.nodes:
-            role = node.meta.get("hstu_compile_role")
+            role = node.meta.get(ROLE)
             if role in roles:
-                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 report.recomputed.append(f"{role}\n    at {source_line(node)}")
+                tagged.add(node)
+            elif role is None and _moves(node) and node.args[0] in tagged:
+                tagged.add(node)
+            elif is_call(node, *PROJECTIONS):
+                _show_cast(node, tagged)
+        for node in tagged:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        part.recompile()
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether the node holds numbers of its first argument, elsewhere or in another dtype."""
+    return is_call(node, operator.getitem, *MOVES, *SLICES, *SPLITS) or is_cast(node)
+
+
+def _show_cast(projection: fx.Node, tagged: set[fx.Node]) -> None:
+    """Under autocast a projection casts its input itself: as a node of its own the cast can be recomputed."""
+    source = projection.args[PROJECTIONS[projection.target]]  # type: ignore[index]
+    if source in tagged and value(source).dtype != value(projection).dtype:
+        copy = cast(source, value(projection).dtype, before=projection)  # type: ignore[arg-type]
+        projection.replace_input_with(source, copy)  # type: ignore[arg-type]
+        tagged.add(copy)

@@ -9,7 +9,7 @@ from torch import fx
 class Region:
     """One place in the model that a recogniser looked at.
 
-    `reason` is None for a fused region; for a near miss it names the first thing that did not fit.
+    `reason` is None for a recognised region; for a near miss it names the first thing that did not fit.
     """
 
     pass_name: str
@@ -17,13 +17,16 @@ class Region:
     source: str  # "file.py:123: code of that line", the user's own
     reason: str | None = None
     kernel: str | None = None  # which kernel runs, and why not a faster one
+    rewritten: bool = True  # False where recognising is all: the graph stays, and Inductor compiles it
 
     @property
-    def fused(self) -> bool:
-        return self.reason is None
+    def verdict(self) -> str:
+        if self.reason is not None:
+            return "not fused"
+        return "fused" if self.rewritten else "recognised"
 
     def __str__(self) -> str:
-        lines = [f"{'fused' if self.fused else 'not fused'}  {self.pass_name}: {self.what}", f"    at {self.source}"]
+        lines = [f"{self.verdict}  {self.pass_name}: {self.what}", f"    at {self.source}"]
         lines += [f"    because {self.reason}"] if self.reason else []
         lines += [f"    kernel: {self.kernel}"] if self.kernel else []
         return "\n".join(lines)
@@ -40,10 +43,17 @@ class Report:
         self.regions.append(region)
 
     def fused(self, pass_name: str | None = None) -> list[Region]:
-        return [r for r in self.regions if r.fused and pass_name in (None, r.pass_name)]
+        return self._with("fused", pass_name)
+
+    def recognised(self, pass_name: str | None = None) -> list[Region]:
+        """Regions that are known and left as they are."""
+        return self._with("recognised", pass_name)
 
     def missed(self, pass_name: str | None = None) -> list[Region]:
-        return [r for r in self.regions if not r.fused and pass_name in (None, r.pass_name)]
+        return self._with("not fused", pass_name)
+
+    def _with(self, verdict: str, pass_name: str | None) -> list[Region]:
+        return [r for r in self.regions if r.verdict == verdict and pass_name in (None, r.pass_name)]
 
     def __str__(self) -> str:
         lines = [*map(str, self.regions), *(f"recomputed in the backward  {what}" for what in self.recomputed)]

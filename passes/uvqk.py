@@ -68,7 +68,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
             report.add(Region(NAME, words, where, reason=f"found no use as {missing} of an HSTU attention"))
             continue
         _tag(norm, flows)
-        report.add(Region(NAME, words, where, kernel="cuBLAS and Inductor"))
+        report.add(Region(NAME, words, where, kernel="cuBLAS and Inductor", rewritten=False))
         found += 1
     return found
 

@@ -67,6 +67,11 @@ MASKS = {
         "min_full_attn_seq_len": 5,
         "targets_share_position": True,
     },
+    "no history": {
+        "num_targets": TARGETS,
+        "target_group_size": 5,
+        "num_contextuals": [3, UNIT - 4, 2, UNIT + 5, UNIT, UNIT // 2 + 1, 5 * UNIT][: len(LENGTHS)],
+    },
     "full, everything": {
         "causal": False,
         "num_targets": TARGETS,
@@ -83,7 +88,7 @@ def small_tiles(monkeypatch):
     """Tiles of few cells where every one costs milliseconds."""
     if not GPU:
         wide, tall = Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)
-        monkeypatch.setattr(attention_triton, "tiles_for", lambda *_: Tiles(tall, wide, tall, wide))
+        monkeypatch.setattr(attention_triton, "tiles_for", lambda *_, **__: Tiles(tall, wide, tall, wide))
 
 
 def tensor(values):
@@ -184,6 +189,15 @@ def test_dense(layout: str, mask: str) -> None:
     check(*tensors, {**arguments, **MASKS[mask]})
 
 
+def test_dk_and_dv_each_by_itself(monkeypatch) -> None:
+    tiles_for = attention_triton.tiles_for
+    monkeypatch.setattr(attention_triton, "tiles_for", lambda *a, **k: tiles_for(*a, **k)._replace(dk_dv=None))
+    *tensors, arguments = inputs("jagged", 16, 32, torch.float32)
+    mask = torch.randint(0, 3, (1, H, N, N), device=DEVICE)
+    bias = torch.randn(B, 1, N, N, device=DEVICE)
+    check(*tensors, {**arguments, **MASKS["everything"], "attn_mask": mask, "attn_bias": bias})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(32, 16), (24, 40), (1, 5)] + ([(64, 128), (256, 256), (96, 192)] if GPU else []))
 def test_head_dims(dims: tuple[int, int], dtype: torch.dtype) -> None:
@@ -198,6 +212,12 @@ def test_bias(batches: int, heads: int) -> None:
     bias[:, :, 0, 1:] = float("nan")  # dead cells
     bias[:, :, :, max(LENGTHS) :] = float("nan")
     check(*tensors, {**arguments, **MASKS["targets"], "attn_bias": bias})
+
+
+def test_dbias_in_chunks_of_the_head_dimension(monkeypatch) -> None:
+    monkeypatch.setattr(attention_triton, "CHUNK", 16)
+    *tensors, arguments = inputs("jagged", 40, 24, torch.float32)
+    check(*tensors, {**arguments, "attn_bias": torch.randn(1, H, N, N, device=DEVICE)})
 
 
 def test_expanded_16_bit_bias() -> None:
@@ -310,11 +330,10 @@ def tiles_and_mask(rows: int, cols: int, length: int, contextual: int = 0, **mas
 @st.composite
 def masks(draw):
     length = draw(st.integers(0, SIZE))
-    contextual = draw(st.sampled_from([0, 0, 1, 2, 5])) if length >= 5 else 0
     return {
         "length": length,
-        "contextual": contextual,
-        "num_targets": draw(st.one_of(st.just(0), st.integers(0, length - contextual))),
+        "contextual": draw(st.sampled_from([0, 0, 1, 2, 5, 20])),
+        "num_targets": draw(st.one_of(st.just(0), st.integers(0, length))),
         "target_group_size": draw(st.sampled_from([1, 1, 2, 5, 9])),
         "max_attn_len": draw(st.sampled_from([0, 1, 3, 8])),
         "min_full_attn_seq_len": draw(st.sampled_from([0, 1, 6])),

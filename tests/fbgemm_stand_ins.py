@@ -12,26 +12,30 @@ import torch
 from torch import Tensor
 
 
-def _places(offsets: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    """[B, N]: which token stands at a padded place, and whether one does."""
-    column = torch.arange(max_length, device=offsets.device)
-    used = column < (offsets[1:] - offsets[:-1])[:, None]
-    return torch.where(used, offsets[:-1, None] + column, 0), used
+def _rows(table: Tensor, index: Tensor, exists: Tensor, otherwise: float) -> Tensor:
+    """table[index] where `exists`, else a row of one number; any index will do there."""
+    if table.shape[0] == 0:
+        return table.new_full((*index.shape, table.shape[1]), otherwise)
+    found = table.index_select(0, torch.where(exists, index, 0).flatten()).view(*index.shape, table.shape[1])
+    return found.masked_fill_(~exists[..., None], otherwise)
 
 
 def pad(values: Tensor, offsets: list[Tensor], max_lengths: list[int], padding_value: float = 0.0) -> Tensor:
     """[T, D] -> [B, N, D]"""
-    source, used = _places(offsets[0], max_lengths[0])
-    if values.shape[0] == 0:
-        return values.new_full((*source.shape, values.shape[1]), padding_value)
-    return torch.where(used[..., None], values[source], padding_value)
+    start, end = offsets[0][:-1, None], offsets[0][1:, None]
+    token = start + torch.arange(max_lengths[0], device=start.device)
+    return _rows(values, token, token < end, padding_value)
 
 
 def unpad(dense: Tensor, x_offsets: list[Tensor], total_L: int | None = None) -> Tensor:
-    """[B, N, D] -> [T, D]"""
-    source, used = _places(x_offsets[0], dense.shape[1])
-    total = int(x_offsets[0][-1]) if total_L is None else total_L
-    return dense.new_zeros(total, dense.shape[2]).index_put((source[used],), dense[used])
+    """[B, N, D] -> [T, D]; waits for the device where it is not told T."""
+    (offsets,), (B, N, _) = x_offsets, dense.shape
+    total = int(offsets[-1]) if total_L is None else total_L
+    token = torch.arange(total, device=offsets.device, dtype=offsets.dtype)
+    sequence = torch.searchsorted(offsets, token, right=True) - 1  # -1 and B: a token of none
+    column = token - offsets[sequence.clamp(0, B)]
+    exists = (sequence >= 0) & (sequence < B) & (column < N)
+    return _rows(dense.flatten(0, 1), sequence * N + column, exists, 0.0)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def walk(
 
 
 @given(sequences(), st.sampled_from([(4, 8), (8, 8)]))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_programs_take_turns(sequence: dict, sizes: tuple[int, int]) -> None:
     rows, cols = sizes
     length = sequence["length"]

@@ -30,17 +30,26 @@ else:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+BY_KEYS = ["product_kernel BY_KEYS", "product_kernel dx_rows BY_KEYS"]
+
+
+def empty_lists(mask, rows, cols) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(1, 1, 1, 1, dtype=torch.int32), torch.empty(1, 1, 1, 2, dtype=torch.int32)
+
+
 def compile_attention(
     capability: int, attn_dim: int, hidden_dim: int, dtype: torch.dtype, monkeypatch: Any, **arguments: Any
 ) -> dict[str, compile_only.Resources]:
-    """What each kernel of a forward and a backward takes of a GPU, by the kernel's name."""
+    """What each kernel of a forward and a backward takes of a GPU, by its name and what it makes."""
     taken = {}
 
     def compile_instead(kernel, like, programs, tile, **arguments) -> None:
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        arguments |= {"FAST": dtype != torch.float32, "ROWS": tile.rows, "COLS": tile.cols}
+        if "FAST" in arguments:
+            arguments["FAST"] = dtype != torch.float32
+        kinds = [kind for kind in ("dx_rows", "BY_KEYS") if arguments.get(kind)]
         compiled = kernel.warmup(**arguments, **options, grid=(1,))
-        taken[kernel.__name__] = compile_only.resources(compiled)
+        taken[" ".join([kernel.__name__, *kinds])] = compile_only.resources(compiled)
 
     gpu = divmod(capability, 10), compile_only.SHARED_MEMORY[capability]
     monkeypatch.setattr(attention_triton, "launch", compile_instead)
@@ -72,7 +81,8 @@ def compile_attention(
 )
 def test_compiles_without_spills(capability: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = compile_attention(capability, dim, dim, torch.bfloat16, monkeypatch)
-    assert list(taken) == ["forward_kernel", "dq_kernel", "dk_dv_kernel"]
+    split = capability == 90 and dim == 256
+    assert list(taken) == ["product_kernel", "product_kernel dx_rows", *(BY_KEYS if split else ["dk_dv_kernel"])]
     for kernel, resources in taken.items():
         assert resources.shared <= compile_only.SHARED_MEMORY[capability], kernel
         assert resources.spilled == 0, kernel
@@ -81,9 +91,20 @@ def test_compiles_without_spills(capability: int, dim: int, monkeypatch: pytest.
 @pytest.mark.parametrize("capability, dtype", [(86, torch.bfloat16), (90, torch.bfloat16), (86, torch.float32)])
 def test_a_bias_fits_at_the_largest_head_dim(capability: int, dtype: torch.dtype, monkeypatch) -> None:
     taken = compile_attention(capability, 256, 256, dtype, monkeypatch, attn_bias=torch.empty(1, 1, 16, 16))
-    assert list(taken) == ["forward_kernel", "dq_kernel", "dk_dv_kernel", "dbias_kernel"]
+    assert "dbias_kernel" in taken
     for kernel, resources in taken.items():
         assert resources.shared <= compile_only.SHARED_MEMORY[capability], kernel
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_bias_and_mask_without_spills(dim: int, monkeypatch) -> None:
+    """Of a model that makes its own mask and a bias a sequence: [N, N] and [B, 1, N, N], rows aligned."""
+    monkeypatch.setattr(attention_triton, "occupied_tiles", empty_lists)
+    cells = {"attn_mask": torch.empty(16, 16).expand(1, 1, 16, 16), "attn_bias": torch.empty(1, 1, 16, 16)}
+    taken = compile_attention(90, dim, dim, torch.bfloat16, monkeypatch, **cells)
+    for kernel, resources in taken.items():
+        assert resources.shared <= compile_only.SHARED_MEMORY[90], kernel
+        assert resources.spilled <= (24 if kernel == "dbias_kernel" else 0), kernel  # addresses, not tiles
 
 
 def test_everything_at_once_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +112,7 @@ def test_everything_at_once_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def occupied_tiles(mask, rows, cols) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = {"ROWS": rows, "COLS": cols, "CHUNK": min(cols, 64)}
-        lists = torch.empty(1, 1, 1, 1, dtype=torch.int32), torch.empty(1, 1, 1, 2, dtype=torch.int32)
+        lists = empty_lists(mask, rows, cols)
         compiled = mask_occupancy.occupied_tiles_kernel.warmup(mask, mask.stride(), *lists, 16, 1, **sizes, grid=(1,))
         assert compile_only.resources(compiled).spilled == 0
         return lists
@@ -111,7 +132,7 @@ def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) ->
     compiled = set()
 
     def record(kernel, like, programs, tile, **arguments) -> None:
-        compiled.add(kernel.warmup(**arguments, ROWS=64, COLS=64, num_warps=4, num_stages=2, grid=(1,)).hash)
+        compiled.add(kernel.warmup(**arguments, num_warps=4, num_stages=2, grid=(1,)).hash)
 
     monkeypatch.setattr(attention_triton, "launch", record)
     with compile_only.target(90):

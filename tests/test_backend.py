@@ -329,6 +329,14 @@ def test_verify_accepts(train: bool, inductor: Compiled) -> None:
     torch.random.set_rng_state(state)
 
 
+def test_verify_captures_once(inductor: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, capture = [], compiler.capture
+    monkeypatch.setattr(compiler, "capture", lambda gm: captured.append(gm) or capture(gm))
+    model, (x, offsets) = Layer(), batch()
+    compiled(model, verify="first")(x, offsets)
+    assert len(captured) == 1
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("what", ["output 0", "gradient of"])
 def test_verify_finds_a_wrong_pass(what: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:

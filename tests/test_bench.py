@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import demo, show, tables
+from bench import attention_problem, attention_sweep, demo, plots, sanitize, show, tables
+from bench.attention_problem import Problem
+from bench.launches import in_parallel
+from hstu_compile.ops.hstu_attention_reference import live_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = {
@@ -55,16 +59,85 @@ def test_layer_table(tmp_path: Path) -> None:
     assert tables.rewritten(text, tmp_path) == text
 
 
+ATTENTION = (
+    {"implementation": "sm90", "direction": "forward", "tflops": 480.2, "sustained_tflops": 450.0},
+    {"implementation": "sm90", "direction": "backward", "tflops": 310.0, "sustained_tflops": 300.4},
+    {"implementation": "portable", "direction": "forward", "tflops": 300.0, "sustained_tflops": 290.0},
+    {"implementation": "sm90", "direction": "forward", "tflops": 470.0, "lengths": "zipf", "seq_len": 4096},
+    {"implementation": "sm90", "direction": "forward", "tflops": 90.0, "head_dim": 96},
+    {"implementation": "sm90", "direction": "forward", "host_us": 27.6, "caller": "compiled"},
+)
+
+
 def test_attention_table(tmp_path: Path) -> None:
-    write_results(
-        tmp_path,
-        "attention",
-        {"implementation": "sm90", "direction": "forward", "tflops": 480.2},
-        {"implementation": "sm90", "direction": "backward", "tflops": 310.0},
-        {"implementation": "portable", "direction": "forward", "tflops": 300.0},
-    )
+    write_results(tmp_path, "attention", *ATTENTION)
     text = tables.render("attention", tmp_path)
-    assert "| sm90, D=256 | 480 / 310 |" in text and "| portable, D=256 | 300 / - |" in text
+    causal, sustained, others = (part.splitlines() for part in text.split("\n\n")[2::2])
+    assert causal[2:] == [
+        "| D=96 sm90 | 90 / - |",
+        "| D=256 portable | 300 / - |",
+        "| D=256 sm90 | 480 / 310 |",
+        "| *D=256 target* | 480 / 310 |",
+        "| *D=256 public CUTLASS* | 422 / 280 |",
+        "| *D=256 public Triton* | 298 / 124 |",
+    ]
+    assert "| D=256 sm90 | 450 / 300 |" in sustained
+    assert others[0] == "|  | N=4096 |" and others[2] == "| zipf, causal, D=256 sm90 | 470 / - |"
+    assert text.endswith("The host's time for one forward call: 28 µs (sm90, compiled).")
+
+
+def test_attention_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_results(tmp_path, "attention", *ATTENTION)
+    (heading, rows) = next(tables.results("attention", tmp_path))
+    forward, backward = plots.attention(heading, rows).axes
+    assert (forward.get_title(), backward.get_title()) == ("forward, D=256", "backward, D=256")
+    drawn = {line.get_label(): list(line.get_ydata()) for line in forward.lines}
+    assert drawn["sm90"] == [480.2] and drawn["target"] == [480, 610, 670, 670]
+    assert set(drawn) == {"sm90", "portable", "target", "public CUTLASS", "public Triton"}
+    with pytest.raises(SystemExit, match="nvidia-h200/attention.json"):
+        plots.draw("attention", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench/results/some-gpu").rename(tmp_path / "bench/results/nvidia-h200")
+    assert plots.draw("attention", tmp_path).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("mask", ["causal", "targets", "window"])
+def test_flops_are_those_of_live_cells(mask: str) -> None:
+    problem = Problem(16, 600, mask=mask, width=32, batch=2)
+    (history, _) = problem.histories()
+    length, targets = history + problem.num_targets, torch.tensor([problem.num_targets])
+    live = live_cells(torch.tensor([length]), length, num_targets=targets, max_attn_len=problem.window).sum().item()
+    assert problem.flops("forward") == 2 * 2 * live * 32 * 2
+    assert problem.flops("backward") == 2.5 * problem.flops("forward")
+
+
+def test_lengths() -> None:
+    zipf = Problem(64, 4096, lengths="zipf").histories()
+    assert max(zipf) > 4000 and min(zipf) == 1 and sum(zipf) / len(zipf) == pytest.approx(4096 / 5, rel=0.01)
+    assert sum(n * n for n in zipf) == pytest.approx(32 * 4096**2, rel=0.01)
+    giant = Problem(64, 8192, lengths="giant").histories()
+    assert len(giant) == 2001 and sorted(giant)[-2:] == [64, 8192] and min(giant) == 16
+    assert Problem(64, 32, lengths="tiny").histories() == [32] * 10_000
+
+
+def test_small_tools(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the reference for a kernel."""
+    monkeypatch.setattr(attention_problem, "kernels", lambda: {"reference": attention_problem.Reference})
+    cpu = torch.device("cpu")
+    sanitize.main(cpu, (8,), torch.float32)
+    assert capsys.readouterr().out == "D=8 reference: finite\n"
+    monkeypatch.setattr(attention_sweep, "DEVICE", cpu)
+    assert all(error < 0.01 for error in attention_sweep.check(8)["reference"].values())
+    rows = attention_sweep.measure(Problem(8, 40, width=16, batch=2), seconds=0.01)
+    assert [row["direction"] for row in rows] == ["forward", "backward"]
+    assert all(row["tflops"] > 0 and row["sustained_ms"] > 0 for row in rows)
+
+
+def test_in_parallel() -> None:
+    in_parallel(print, [])
+    with pytest.raises(ZeroDivisionError):
+        in_parallel(divmod, [(1, 1), (1, 0)])
 
 
 def test_plain_table() -> None:

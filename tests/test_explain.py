@@ -46,7 +46,7 @@ def test_regions_lines_and_graph_breaks() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert len(explanation.reports) == 2 and len(explanation.graph_breaks) == 1
     text = str(explanation)
-    assert "2 regions fused, 0 not; 2 graphs, 1 graph breaks" in text
+    assert "2 regions fused, 0 recognised, 0 not; 2 graphs, 1 graph breaks" in text
     assert "y = F.silu(self.linear(x))" in text and __file__ in text
     assert (
         f"{__file__}:" in explanation.graph_breaks[0] and "torch._dynamo.graph_break()" in explanation.graph_breaks[0]
@@ -59,9 +59,10 @@ def test_what_did_not_fit_and_the_kernel() -> None:
     assert "nothing in this graph" in str(explanation)
     report.add(Region("attention", "causal", "m.py:3: s = q @ k", reason="a softmax where a silu should be"))
     report.add(Region("attention", "causal", "m.py:9: s = q @ k", kernel="attention_triton; not sm_90: no GPU"))
+    report.add(Region("uvqk", "mm -> silu", "m.py:2: z = x @ w", kernel="Inductor", rewritten=False))
     lines = str(explanation).splitlines()
-    assert lines[0].startswith("1 regions fused, 1 not")
-    for words in ("because a softmax", "at m.py:3", "kernel: attention_triton; not sm_90"):
+    assert lines[0].startswith("1 regions fused, 1 recognised, 1 not")
+    for words in ("recognised  uvqk: mm", "because a softmax", "at m.py:3", "kernel: attention_triton; not sm_90"):
         assert any(words in line for line in lines)
 
 
@@ -107,7 +108,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("factory", "with_keywords"):
         main([f"some_factory:{name}"])
-        assert "0 regions fused, 0 not; 1 graphs, 0 graph breaks" in capsys.readouterr().out
+        assert "0 regions fused, 0 recognised, 0 not; 1 graphs, 0 graph breaks" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["some_factory"])
     assert "pkg.mod:factory" in capsys.readouterr().err

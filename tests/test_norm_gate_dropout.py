@@ -4,6 +4,7 @@ The kernel is tested here on a GPU, or in the Triton interpreter (`test_kernel_i
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from hstu_compile.ops.norm_gate_dropout_reference import (
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import tests.triton_interpreter  # noqa: F401
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the Triton interpreter")
 EPS = 1e-6
@@ -86,8 +89,8 @@ def operands(variant: str, dtype: torch.dtype, layout: str = "packed") -> tuple[
 
 def all_options(options: dict, dtype: torch.dtype, dropout_ratio: float = 0.0) -> dict:
     names = ("concat_u", "concat_x", "concat_norm", "rms")
-    given = {"num_groups": 1, "activation": "none", **dict.fromkeys(names, False), **options}
-    return {**given, "norm_eps": EPS, "dropout_ratio": dropout_ratio, "out_dtype": dtype}
+    default = {"num_groups": 1, "activation": "none", "norm_eps": EPS, **dict.fromkeys(names, False)}
+    return {**default, **options, "dropout_ratio": dropout_ratio, "out_dtype": dtype}
 
 
 def values_and_grads(function, tensors: list[Tensor | None], dout: Tensor | None = None) -> list[Tensor]:
@@ -257,6 +260,26 @@ def test_kernel(variant, dtype):
 
 
 @needs_kernel
+@pytest.mark.parametrize("variant", ["layer norm", "odd width", "group norm", "everything"])
+def test_kernel_takes_many_tiles_a_program(variant, monkeypatch):
+    from hstu_compile.ops.kernels import norm_gate_dropout as module
+
+    monkeypatch.setattr(module, "_multiprocessors", lambda t: 1)
+    (a, u, *affine), options = operands(variant, torch.bfloat16)
+    tensors = [a.repeat(6, 1), u.repeat(6, 1), *affine]
+    ours = kernel(tensors, options)
+    check(ours, tensors, options)
+    for once, again in zip(ours, kernel(tensors, options), strict=True):
+        assert torch.equal(once, again)
+
+
+@needs_kernel
+def test_kernel_without_eps_keeps_the_rest_of_a_tile_out_of_the_sums():
+    tensors, _ = operands("layer norm", torch.float32)
+    assert all(t.isfinite().all() for t in kernel(tensors, {"norm_eps": 0.0}))
+
+
+@needs_kernel
 @pytest.mark.parametrize("layout", ["interleaved", "transposed"])
 def test_kernel_strides(layout):
     tensors, options = operands("layer norm", torch.float32, layout)
@@ -286,23 +309,36 @@ def test_kernel_in_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("groups, width", [(1, 1024), (4, 256), (1, 4096)])
-def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width):
+@pytest.mark.parametrize("ratio", [0.0, 0.2])
+@pytest.mark.parametrize("concat", [False, True])
+@pytest.mark.parametrize("groups, width", [(1, 1024), (4, 128), (1, 4096)])
+def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width, concat, ratio):
     pytest.importorskip("triton")
     from hstu_compile.ops.kernels import norm_gate_dropout as module
     from tests.compile_only import resources, target
 
-    options = all_options({"num_groups": groups, "concat_u": True, "concat_x": True}, torch.bfloat16, 0.2)
+    options = all_options({"num_groups": groups, "concat_u": concat, "concat_x": concat}, torch.bfloat16, ratio)
     T = 1 << 17
     a = torch.empty(T, groups * width, dtype=torch.bfloat16, device="meta")
     u = torch.empty(T, 4 * groups * width, dtype=torch.bfloat16, device="meta")[:, : groups * width]
     weight, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     _, scalars, constants = module.kernel_arguments(a, u, weight, weight, seed, **options)
-    x, f = torch.bfloat16, torch.float32
+    loads = 5 if concat else 3
+    launches = module.launch_tile(width, module.FORWARD_ELEMENTS), module.backward_launch(width, loads * a.itemsize)
+    x, f, s = torch.bfloat16, torch.float32, torch.int64 if ratio else None
     with target(90):
-        forward = module.forward_kernel.warmup(x, x, f, f, torch.int64, x, *scalars, **constants, grid=(1,))
-        backward = module.backward_kernel.warmup(x, x, x, f, f, torch.int64, x, x, f, *scalars, **constants, grid=(1,))
+        forward = module.forward_kernel.warmup(x, x, f, f, s, x, *scalars, **constants, **launches[0], grid=(1,))
+        backward = module.backward_kernel.warmup(
+            x, x, x, f, f, s, x, x, f, *scalars, **constants, **launches[1], grid=(1,)
+        )
     for compiled in (forward, backward):
         assert resources(compiled).spilled == 0
-        wide = compiled.asm["ptx"].count("ld.global.v4.b32"), compiled.asm["ptx"].count("st.global.v4.b32")
-        assert all(wide) and "ld.global.b16" not in compiled.asm["ptx"] and "st.global.b16" not in compiled.asm["ptx"]
+        assert "st.global.v4.b32" in compiled.asm["ptx"] and "st.global.b16" not in compiled.asm["ptx"]
+        assert "ld.global.b16" not in compiled.asm["ptx"]
+    assert "ld.global.v4.b32" in forward.asm["ptx"]
+    # Each operand's next tile is on its way in copies of 16 bytes: two before the loop, one in it.
+    assert len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10,", backward.asm["ptx"])) == 3 * loads
+    # All programs of a multiprocessor are there at once.
+    per_multiprocessor = module.MAX_WARPS // launches[1]["num_warps"]
+    assert resources(backward).registers <= module.BACKWARD_REGISTERS
+    assert per_multiprocessor * resources(backward).shared <= module.SHARED_MEMORY + 4096

@@ -21,9 +21,11 @@ class Explanation:
 
     def __str__(self) -> str:
         fused = sum(len(report.fused()) for report in self.reports)
+        recognised = sum(len(report.recognised()) for report in self.reports)
         missed = sum(len(report.missed()) for report in self.reports)
         graphs, breaks = len(self.reports), len(self.graph_breaks)
-        lines = [f"{fused} regions fused, {missed} not; {graphs} graphs, {breaks} graph breaks"]
+        counts = f"{fused} regions fused, {recognised} recognised, {missed} not"
+        lines = [f"{counts}; {graphs} graphs, {breaks} graph breaks"]
         for i, report in enumerate(self.reports):
             lines += [f"graph {i}:", *("  " + line for line in str(report).splitlines())]
         lines += [f"graph break: {text}" for text in self.graph_breaks]
@@ -37,14 +39,15 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
     are the options that `torch.compile` would get.
 
     Returns:
-        An Explanation; its text names, per region, what was fused or the first thing that did not fit, the model's own
-        line, the kernel that will run and why not a faster one, and what the backward computes again.
+        An Explanation; its text names, per region, what was fused, what was recognised and left to Inductor, or the
+        first thing that did not fit, the model's own line, the kernel that will run and why not a faster one, and what
+        the backward computes again.
     """
     options, _ = split(None, kwargs.pop("hstu_compile_options", {}))
     explanation = Explanation()
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        explanation.reports.append(rewrite(gm, options)[1])
+        explanation.reports.append(rewrite(gm, options)[-1])
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
             explanation.graph_breaks.append(_describe(reason))

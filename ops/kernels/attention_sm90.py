@@ -1,11 +1,12 @@
-"""HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic, no atomics.
+"""HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic.
 
-Forward: a warp-specialised kernel, at head dim 256 the plain product (the faster of the two at each).
-Backward: dq as a product and dk, dv in one kernel (7 matrix products); at head dim 256 three products (8).
+Forward: one product. Backward: up to head dim 64 all in one kernel (5 matrix products); above, dq as a product, dk and
+dv together in a kernel of their own (7).
 """
 
 import functools
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,13 +19,13 @@ MAX_COORDINATE = 0x7FFF0000
 ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
 MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
-# By head dim, filled up to one of these.
-FORWARD_TILES = {32: (64, 128, 4), 64: (64, 128, 4), 128: (64, 64, 4)}  # BLOCK_R per consumer, BLOCK_C, STAGES
-PRODUCT_TILES = {32: (128, 128, 2, 2), 64: (128, 128, 2, 2), 128: (128, 128, 2, 2), 256: (128, 64, 2, 1)}  # f'
-MASKED_PRODUCT_TILES = {128: (128, 64, 3, 3)}  # with targets or contextual rows, whose bounds would spill above
-SILU_PRODUCT_TILES = {256: (128, 64, 2, 2)}  # f: BLOCK_R, BLOCK_C, B_STAGES, C_STAGES
-BACKWARD_TILES = {32: (128, 128, 3), 64: (128, 128, 3), 128: (128, 64, 3)}  # KEYS, QUERIES, STAGES; or two kernels:
-DKDV_TILES = {32: (128, 64, 3), 64: (128, 64, 3), 128: (128, 64, 2)}  # KEYS, QUERIES, STAGES
+ROWS = 64  # of a consumer
+L2_BYTES = 32 << 20  # of keys and values that are read together
+# By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
+SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
+GRAD_TILES = {128: (64, 4, 4), 256: (64, 2, 1)}
+DKDV_TILES = {128: (64, 4), 256: (64, 2)}  # COLS, STAGES
+DQDKDV_TILES = {32: (128, 3), 64: (128, 3)}  # COLS, STAGES
 
 
 def unsupported(
@@ -64,24 +65,24 @@ class Kernels(NamedTuple):
     compat: ModuleType
     per_sequence: Any
     family: Any
-    forward: Any
     product: Any
     dkdv: Any
-    backward: Any
+    dkdv_split: Any
+    dqdkdv: Any
 
 
 @functools.cache
 def kernels() -> Kernels:
     """Imported at the first launch."""
     from hstu_compile.ops.kernels import gluon_compat
-    from hstu_compile.ops.kernels.attention_sm90_backward import backward_kernel
+    from hstu_compile.ops.kernels.attention_sm90_backward import dqdkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
-    from hstu_compile.ops.kernels.attention_sm90_forward import forward_kernel
+    from hstu_compile.ops.kernels.attention_sm90_dkdv_split import dkdv_split_kernel
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, PerSequence, Family, forward_kernel, product_kernel, dkdv_kernel, backward_kernel)
+    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel, dkdv_split_kernel, dqdkdv_kernel)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -101,7 +102,7 @@ def backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if dq.numel():
         with torch.cuda.device_of(q):
-            for launch in backward_launches(dout, q, k, v, dq, dk, dv, **call):
+            for launch in backward_launches(dout, q, k, v, dq, dk, dv, processors(q.device), **call):
                 launch()
     return dq, dk, dv, None
 
@@ -113,84 +114,84 @@ def processors(device: torch.device) -> int:
 
 def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
-    width, half_alpha, scale = filled_dim(q, v), 0.5 * call["alpha"], float(call["scale"])
     (q, k, v), batch_rows = loadable(q, k, v)
-    batch = batch_of(q, batch_rows, call)
-    if width not in FORWARD_TILES:
-        tiles = SILU_PRODUCT_TILES[width]
-        return [product(q, q, k, v, out, width, tiles, half_alpha, scale, batch, call, False, False)]
-    rows, cols, stages = FORWARD_TILES[width]
-    tiles_per_seq = math.ceil(call["max_seq_len"] / (2 * rows))
-    tiles = tiles_per_seq * heads_in(q, call)
-    arguments = (describe(q, rows, width), describe(k, cols, width), describe(v, cols, width))
-    arguments += (out, row_width(out), half_alpha, scale, *batch, tiles_per_seq, tiles)
-    constants = {"DIM": v.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols, "STAGES": stages}
-    constants |= {"FAMILY": family_of(call), "num_warps": 4, "maxnreg": 168}
-    return [Launch(kernels().forward, min(sms, tiles), arguments, constants)]
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 1))
+    return [product(q, q, k, v, out, float(call["scale"]), run, grad=False, keys=False)]
 
 
 def backward_launches(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, **call: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, sms: int, **call: Any
 ) -> list[Launch]:
     """What `backward` runs."""
-    width, half_alpha, scale = filled_dim(q, v), 0.5 * call["alpha"], float(call["scale"])
+    scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
-    batch = batch_of(q, batch_rows, call)
-    if width in BACKWARD_TILES:
-        return [one_kernel(dout, q, k, v, dq, dk, dv, width, half_alpha, factor, scale, batch, call)]
-    tiles = MASKED_PRODUCT_TILES.get(width, PRODUCT_TILES[width]) if is_ragged(call) else PRODUCT_TILES[width]
-    dq_launch = product(q, dout, k, v, dq, width, tiles, half_alpha, factor, batch, call, True, False)
-    if width not in DKDV_TILES:
-        return [
-            product(k, k, q, dout, dv, width, SILU_PRODUCT_TILES[width], half_alpha, scale, batch, call, False, True),
-            product(k, v, q, dout, dk, width, tiles, half_alpha, factor, batch, call, True, True),
-            dq_launch,
-        ]
-    keys, queries, stages = DKDV_TILES[width]
-    tiles_per_seq = math.ceil(call["max_seq_len"] / keys)
-    arguments = (describe(q, queries, width), describe(k, keys, width))
-    arguments += (describe(v, keys, width), describe(dout, queries, width))
-    arguments += (dk, dv, row_width(dk), row_width(dv), half_alpha, factor, scale, *batch, tiles_per_seq)
-    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
-    constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call), "num_warps": 8}
-    return [Launch(kernels().dkdv, tiles_per_seq * heads_in(q, call), arguments, constants), dq_launch]
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 2))
+    width = run.width
+    one_kernel = width in DQDKDV_TILES
+    cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
+    arguments = (describe(q, cols, width), describe(k, ROWS, width))
+    arguments += (describe(v, ROWS, width), describe(dout, cols, width))
+    outputs = (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
+    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
+    if one_kernel:
+        return [dqdkdv(arguments, dq, outputs, constants, run)]
+    kernel, rows = (kernels().dkdv, 2 * ROWS) if width <= 128 else (kernels().dkdv_split, ROWS)
+    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True, keys=False)
+    return [persistent(kernel, k, rows, arguments + outputs, constants, run), dq_launch]
 
 
-def one_kernel(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, width: int,
-    half_alpha: float, factor: float, scale: float, batch: tuple, call: dict[str, Any],
-) -> Launch:  # fmt: skip
-    """Five products, see attention_sm90_backward."""
-    keys, queries, stages = BACKWARD_TILES[width]
-    tiles_per_seq = math.ceil(call["max_seq_len"] / keys)
-    heads = heads_in(q, call)
-    slots = (math.prod(q.shape[:-2]) // queries) * q.shape[-2] + heads  # tiles of dq, of all sequences
-    sums = torch.empty(slots, queries * width, dtype=torch.float32, device=q.device)
-    counters = torch.zeros(slots, dtype=torch.int32, device=q.device)
-    arguments = (describe(q, queries, width), describe(k, keys // 2, width))
-    arguments += (describe(v, keys // 2, width), describe(dout, queries, width))
-    arguments += (dq, dk, dv, row_width(dq), row_width(dk), row_width(dv), sums, counters, half_alpha, factor, scale)
-    arguments += (*batch, tiles_per_seq)
-    constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width}
-    constants |= {"KEYS": keys, "QUERIES": queries, "STAGES": stages, "FAMILY": family_of(call)}
-    constants |= {"num_warps": 4, "maxnreg": 168}
-    return Launch(kernels().backward, tiles_per_seq * heads, arguments, constants)
+class Run(NamedTuple):
+    """What the products of one call share."""
+
+    width: int
+    batch: tuple
+    call: dict[str, Any]
+    sms: int
+    counters: Iterator[Tensor]
+
+
+def counters(like: Tensor, count: int) -> Iterator[Tensor]:
+    """Zeros to draw tickets from, 16 bytes apart: one a launch, since launches of other streams may run at a time."""
+    return iter(torch.zeros(count, 4, dtype=torch.int32, device=like.device))
+
+
+def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
+    """Five products: see attention_sm90_backward."""
+    tiles_per_seq = math.ceil(run.call["max_seq_len"] / (2 * ROWS))
+    heads = num_sequences(dq, run.call) * dq.shape[-2]
+    slots = math.prod(dq.shape[:-2]) // constants["COLS"] * dq.shape[-2] + heads  # tiles of dq, of all sequences
+    sums = torch.empty(slots, constants["COLS"] * run.width, dtype=torch.float32, device=dq.device)
+    added = torch.zeros(slots, dtype=torch.int32, device=dq.device)
+    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, tiles_per_seq)
+    constants = {**constants, "FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
+    return Launch(kernels().dqdkdv, tiles_per_seq * heads, arguments, constants)
 
 
 def product(
-    a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, width: int, tiles: tuple[int, int, int, int],
-    half_alpha: float, factor: float, batch: tuple, call: dict[str, Any], grad: bool, keys_resident: bool,
-) -> Launch:  # fmt: skip
-    rows, cols, b_stages, c_stages = tiles
-    tiles_per_seq = math.ceil(call["max_seq_len"] / rows)
-    arguments = (describe(a, rows, width), describe(da, rows, width))
-    arguments += (describe(b, cols, width), describe(c, cols, width))
-    arguments += (out, row_width(out), half_alpha, factor, *batch, tiles_per_seq)
-    constants = {"DIM": out.shape[-1], "D": width, "BLOCK_R": rows, "BLOCK_C": cols}
-    constants |= {"B_STAGES": b_stages, "C_STAGES": c_stages, "GRAD": grad, "KEYS_RESIDENT": keys_resident}
-    constants |= {"FAMILY": family_of(call), "num_warps": 8}
-    return Launch(kernels().product, tiles_per_seq * heads_in(a, call), arguments, constants)
+    a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool, keys: bool
+) -> Launch:
+    width, call = run.width, run.call
+    cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
+    arguments = (describe(a, ROWS, width), describe(da, ROWS, width))
+    arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
+    constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
+    constants |= {"GRAD": grad, "KEYS": keys, "IN_REGISTERS": width <= 128}
+    return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
+
+
+def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
+    """Launch with tickets for output tiles of so many rows of x: see attention_sm90_schedule."""
+    sequences, heads, max_seq_len = num_sequences(x, run.call), x.shape[-2], run.call["max_seq_len"]
+    tiles_per_seq = math.ceil(max_seq_len / rows)
+    slots, mean_length = tiles_per_seq * sequences, max_seq_len
+    if run.call["seq_offsets"] is not None:
+        slots, mean_length = x.shape[0] // rows + sequences, x.shape[0] // max(1, sequences)
+    group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
+    tickets = slots * heads if sequences and max_seq_len else 0
+    arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets)
+    constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
+    return Launch(kernel, min(run.sms, tickets), arguments, constants)
 
 
 def filled_dim(q: Tensor, v: Tensor) -> int:
@@ -202,21 +203,15 @@ def row_width(out: Tensor) -> int:
     return out.shape[-2] * out.shape[-1]
 
 
-def heads_in(q: Tensor, call: dict[str, Any]) -> int:
-    """Heads of all sequences."""
+def num_sequences(q: Tensor, call: dict[str, Any]) -> int:
     offsets = call["seq_offsets"]
-    return q.shape[-2] * (q.shape[0] if offsets is None else offsets.shape[0] - 1)
+    return q.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
 def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
     """The kernels' arguments `each` to `min_full_attn_seq_len`, the same wherever the sequences lie."""
     each = kernels().per_sequence(*(call[name] for name in kernels().per_sequence._fields))
     return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
-
-
-def is_ragged(call: dict[str, Any]) -> bool:
-    """Whether the mask has more than a causal edge and a window."""
-    return call["num_targets"] is not None or has_context(call)
 
 
 def has_context(call: dict[str, Any]) -> bool:

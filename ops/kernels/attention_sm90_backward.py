@@ -1,9 +1,9 @@
-"""The backward of HSTU attention on Hopper as five matrix products in one kernel, deterministic. (Head dims up to 128.)
+"""The backward of HSTU attention on Hopper as five matrix products in one kernel, deterministic. (Head dims up to 64.)
 
-A program owns KEYS keys and streams q and do. Two partitions of four warps own half of the keys each: their scores are
+A program owns 2 * ROWS keys and streams q and do. Two partitions of four warps own ROWS keys each: their scores are
 transposed, [keys, queries], so that p and ds come out of the tensor cores in the layout in which dv += pT do and
 dk += dsT q want their A operand. ds also goes to shared memory, where a third partition makes dq = ds k of it; the same
-one loads the tiles. The partitions run independently, so that what one waits for hides under another's products.
+one loads the tiles. The partitions run independently, so that what one waits for hides under the others' products.
 
 The programs add to a tile of dq one after another, from the last key tile that visits it to the first: a counter per
 tile says how many have. Programs start in that order, hence wait only for programs that run, and as the diagonal comes
@@ -13,6 +13,7 @@ convert.
 
 from typing import Any, NamedTuple
 
+from hstu_compile.ops.kernels.attention_sm90_pipeline import ROWS
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
     Batch,
@@ -36,6 +37,7 @@ from hstu_compile.ops.kernels.gluon_compat import (
 from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import nth_tile, num_tiles, query_spans
 from hstu_compile.ops.kernels.mask_visits import BELOW, is_plain, plain_visits, visits
+from hstu_compile.ops.kernels.silu import silu_and_grad_packed, times_packed
 
 NOWHERE = gl.constexpr(-32.0)  # tanh is -1 here, so that silu and its derivative are 0
 
@@ -64,64 +66,7 @@ class Sums(NamedTuple):
     """What the programs that add to a tile of dq share."""
 
     tiles: Any  # fp32
-    counters: Any  # how many have added
-
-
-@gluon.jit
-def silu_and_grad_packed(half, dtype: gl.constexpr):
-    """silu in 16 bits and its derivative in fp16 (as precise as the tanh), in as few registers as there are results."""
-    type: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    x, g = gl.inline_asm_elementwise(
-        """{
-        .reg .f32 t<2>, x<2>, a<2>, b<2>;
-        tanh.approx.f32 t0, $2;
-        tanh.approx.f32 t1, $3;
-        fma.rn.f32 x0, $2, t0, $2;
-        fma.rn.f32 x1, $3, t1, $3;
-        fma.rn.f32 a0, t0, 0.5, 0.5;
-        fma.rn.f32 a1, t1, 0.5, 0.5;
-        sub.f32 b0, 1.0, a0;
-        sub.f32 b1, 1.0, a1;
-        fma.rn.f32 a0, x0, b0, a0;
-        fma.rn.f32 a1, x1, b1, a1;
-        cvt.rn."""
-        + type
-        + """.f32 $0, x1, x0;
-        cvt.rn.f16x2.f32 $1, a1, a0;
-        }""",
-        "=r,=r,f,f",
-        [half],
-        dtype=(gl.float16, gl.float16),
-        is_pure=True,
-        pack=2,
-    )
-    return x.to(dtype, bitcast=True), g
-
-
-@gluon.jit
-def times_packed(g, dp, dtype: gl.constexpr):
-    """g * dp in 16 bits."""
-    type: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    ds = gl.inline_asm_elementwise(
-        """{
-        .reg .f16 h<2>;
-        .reg .f32 g<2>;
-        mov.b32 {h0, h1}, $1;
-        cvt.f32.f16 g0, h0;
-        cvt.f32.f16 g1, h1;
-        mul.f32 g0, g0, $2;
-        mul.f32 g1, g1, $3;
-        cvt.rn."""
-        + type
-        + """.f32 $0, g1, g0;
-        }""",
-        "=r,r,f,f",
-        [g, dp],
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
-    )
-    return ds.to(dtype, bitcast=True)
+    added: Any  # how many have added
 
 
 @gluon.jit
@@ -170,28 +115,28 @@ def hand_over(ds, buffers, bars, t, W: gl.constexpr):
 def key_partition(
     dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, tiles_per_seq, buffers, bars,
     FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
-    KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
+    COLS: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of half W of the keys; ds for the third partition."""
     dtype: gl.constexpr = buffers.k.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     index, key_tile = key_tile_of(tiles_per_seq, batch)
     sequence = sequence_of(index, batch)
-    key0 = key_tile * KEYS + W * (KEYS // 2)
-    dk = gl.zeros((KEYS // 2, D), dtype=gl.float32, layout=kv_layout)
-    dv = gl.zeros((KEYS // 2, D), dtype=gl.float32, layout=kv_layout)
-    if key_tile * KEYS < sequence.length:
+    key0 = key_tile * 2 * ROWS + W * ROWS
+    dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+    dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+    if key_tile * 2 * ROWS < sequence.length:
         mask = mask_of(sequence.z, batch)
-        spans = query_spans(key_tile * KEYS, QUERIES, KEYS, mask, FAMILY)
-        whole = whole_columns(key0, KEYS // 2, mask, FAMILY, True)
+        spans = query_spans(key_tile * 2 * ROWS, COLS, 2 * ROWS, mask, FAMILY)
+        whole = whole_columns(key0, ROWS, mask, FAMILY, True)
         tiles = num_tiles(spans)
-        zero = gl.zeros((KEYS // 2, QUERIES), dtype=gl.float32, layout=s_layout)
+        zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
         mbarrier.wait(bars.resident, 0)
         for t in range(0, tiles):
             slot = t % STAGES
-            query0 = nth_tile(t, spans) * QUERIES
+            query0 = nth_tile(t, spans) * COLS
             mbarrier.wait(bars.full.index(slot), (t // STAGES) & 1)
             s = warpgroup_mma_wait(0, deps=(scores(buffers, slot, zero, W),))
             p, g = masked_silu(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
@@ -245,58 +190,56 @@ def wait_until(counter, count):
 def query_partition(
     q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, dq_factor, batch, tiles_per_seq, sums, buffers, bars,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr,
-    KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr,
+    COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Loads; adds dq in parts of 64 queries by up to 64 of the head dim."""
-    COLS: gl.constexpr = min(D, 64)
-    PARTS: gl.constexpr = QUERIES // 64 * (D // COLS)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    """Loads; adds dq in parts of 64 queries."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     index, key_tile = key_tile_of(tiles_per_seq, batch)
     sequence = sequence_of(index, batch)
-    key0 = key_tile * KEYS
-    zero = gl.zeros((64, COLS), dtype=gl.float32, layout=layout)
+    key0 = key_tile * 2 * ROWS
+    zero = gl.zeros((64, D), dtype=gl.float32, layout=layout)
     if key0 < sequence.length:
         mask = mask_of(sequence.z, batch)
-        spans = query_spans(key0, QUERIES, KEYS, mask, FAMILY)
+        spans = query_spans(key0, COLS, 2 * ROWS, mask, FAMILY)
         tiles = num_tiles(spans)
         for w in gl.static_range(2):
-            load_tile(k_desc, sequence, key0 + w * (KEYS // 2), bars.resident, buffers.k.index(w), True)
-            load_tile(v_desc, sequence, key0 + w * (KEYS // 2), bars.resident, buffers.v.index(w), True)
+            load_tile(k_desc, sequence, key0 + w * ROWS, bars.resident, buffers.k.index(w), True)
+            load_tile(v_desc, sequence, key0 + w * ROWS, bars.resident, buffers.v.index(w), True)
         for i in gl.static_range(STAGES):
-            row = nth_tile(i, spans) * QUERIES
+            row = nth_tile(i, spans) * COLS
             load_tile(q_desc, sequence, row, bars.full.index(i), buffers.q.index(i), i < tiles)
             load_tile(do_desc, sequence, row, bars.full.index(i), buffers.do.index(i), i < tiles)
         rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-        within = rows[:, None] * COLS + cols[None, :]
-        first_sum = (sequence.out_row // QUERIES).to(gl.int32) + sequence.z
+        cols = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+        within = rows[:, None] * D + cols[None, :]
+        first_sum = (sequence.out_row // COLS).to(gl.int32) + sequence.z
         mbarrier.wait(bars.resident, 0)
         for t in range(0, tiles):
             query_tile = nth_tile(t, spans)
-            before, after = turn_of(query_tile, key_tile, mask, tiles_per_seq, QUERIES, KEYS, FAMILY)
+            before, after = turn_of(query_tile, key_tile, mask, tiles_per_seq, COLS, 2 * ROWS, FAMILY)
             number = (first_sum + query_tile) * batch.num_heads + sequence.head
-            counter = sums.counters + number
+            counter = sums.added + number
             if before > 0:
                 wait_until(counter, before)
             if t > 0:
                 slot = (t - 1) % STAGES
                 more = t - 1 + STAGES < tiles
                 mbarrier.wait(bars.empty.index(slot), ((t - 1) // STAGES) & 1)
-                row = nth_tile(t - 1 + STAGES, spans) * QUERIES
+                row = nth_tile(t - 1 + STAGES, spans) * COLS
                 load_tile(q_desc, sequence, row, bars.full.index(slot), buffers.q.index(slot), more)
                 load_tile(do_desc, sequence, row, bars.full.index(slot), buffers.do.index(slot), more)
             for w in gl.static_range(2):
                 mbarrier.wait(bars.ds_full.index(t % 2 * 2 + w), (t // 2) & 1)
-            for part in gl.static_range(PARTS):
+            for part in gl.static_range(COLS // 64):
                 dq = zero
                 for w in gl.static_range(2):
-                    ds = buffers.ds.index(t % 2 * 2 + w).slice(part // (D // COLS) * 64, 64, dim=1)
-                    k = matrix(buffers.k.index(w)).slice(part % (D // COLS) * COLS, COLS, dim=1)
+                    ds = buffers.ds.index(t % 2 * 2 + w).slice(part * 64, 64, dim=1)
+                    k = matrix(buffers.k.index(w))
                     dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq,))
-                if part == PARTS - 1:
+                if part == COLS // 64 - 1:
                     mbarrier.arrive(bars.ds_empty.index(t % 2), count=1)
-                where = sums.tiles + (number.to(gl.int64) * PARTS + part) * (64 * COLS) + within
+                where = sums.tiles + number.to(gl.int64) * (COLS * D) + part * (64 * D) + within
                 if after > 0:
                     if before > 0:
                         gl.atomic_add(where, dq, sem="relaxed")
@@ -305,40 +248,39 @@ def query_partition(
                 else:
                     if before > 0:
                         dq += gl.load(where, cache_modifier=".cg")
-                    row0 = query_tile * QUERIES + part // (D // COLS) * 64
-                    store_rows(dq_out, dq_stride, dq * dq_factor, row0, sequence, DIM, part % (D // COLS) * COLS)
+                    store_rows(dq_out, dq_stride, dq * dq_factor, query_tile * COLS + part * 64, sequence, DIM)
             thread_barrier()
             if after > 0:
                 gl.atomic_add(counter, 1, sem="release")
-    first_unused = gl.cdiv(sequence.length, QUERIES) * QUERIES
-    for part in gl.static_range(KEYS // 64 * (D // COLS)):  # zeros in the query tiles that nobody visits
-        row0 = key0 + part // (D // COLS) * 64
+    first_unused = gl.cdiv(sequence.length, COLS) * COLS
+    for w in gl.static_range(2):  # zeros in the query tiles that nobody visits
+        row0 = key0 + w * ROWS
         if (first_unused <= row0) & (row0 < sequence.stored):
-            store_rows(dq_out, dq_stride, zero, row0, sequence, DIM, part % (D // COLS) * COLS)
+            store_rows(dq_out, dq_stride, zero, row0, sequence, DIM)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
-def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_out, dk_out, dv_out, dq_stride, dk_stride, dv_stride, sums, counters,
+def dqdkdv_kernel(
+    q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, sums, added, dk_out, dv_out, dk_stride, dv_stride,
     half_alpha, factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     tiles_per_seq, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
-    KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """One program a tile of KEYS keys of a head."""
+    """One program a tile of 2 * ROWS keys of a head."""
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
     )
     dtype: gl.constexpr = q_desc.dtype
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS // 2, QUERIES], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLS], dtype)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     buffers = Buffers(
-        k=gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS // 2, 1, D], k_desc.layout),
-        v=gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS // 2, 1, D], v_desc.layout),
-        q=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, QUERIES, 1, D], q_desc.layout),
-        do=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, QUERIES, 1, D], do_desc.layout),
-        ds=gl.allocate_shared_memory(dtype, [4, KEYS // 2, QUERIES], ds_layout),
+        k=gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, 1, D], k_desc.layout),
+        v=gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, 1, D], v_desc.layout),
+        q=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, COLS, 1, D], q_desc.layout),
+        do=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, COLS, 1, D], do_desc.layout),
+        ds=gl.allocate_shared_memory(dtype, [4, ROWS, COLS], ds_layout),
     )
     bars = Bars(
         resident=gl.allocate_shared_memory(gl.int64, [1, 1], barrier).index(0),
@@ -359,11 +301,11 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, tiles_per_seq,
-                             buffers, bars, FAMILY, K_DIM, V_DIM, D, KEYS, QUERIES, STAGES, 0)),
+                             buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
             (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, tiles_per_seq,
-                             buffers, bars, FAMILY, K_DIM, V_DIM, D, KEYS, QUERIES, STAGES, 1)),
+                             buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
             (query_partition, (q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, factor, batch, tiles_per_seq,
-                               Sums(sums, counters), buffers, bars, FAMILY, K_DIM, D, KEYS, QUERIES, STAGES)),
+                               Sums(sums, added), buffers, bars, FAMILY, K_DIM, D, COLS, STAGES)),
         ],
         [4, 4],
         [216, 72],

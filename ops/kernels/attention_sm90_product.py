@@ -5,194 +5,174 @@ Without a softmax, every product of the backward is the forward with other opera
     out = f(q kT) v              dq = (f'(q kT) * (do vT)) k        resident queries, streamed keys
     dv  = f(k qT) do             dk = (f'(k qT) * (v doT)) q        resident keys, streamed queries
 
-Each program owns its output rows, so there are no atomics. The scores of the next tile and their pointwise work hide
-under the product of this one; P stays in registers as the A operand of the second product.
+Each program owns its output rows, so there are no atomics on results. P stays in registers as the A operand of the
+second product. Tiles come as attention_sm90_pipeline says.
 """
 
-from hstu_compile.ops.kernels.attention_sm90_tiles import (
-    RUNTIME,
-    Batch,
-    live_tile,
-    load_tile,
-    mask_of,
-    matrix,
-    pinned,
-    sequence_of,
-    store_rows,
+from hstu_compile.ops.kernels.attention_sm90_pipeline import (
+    ROWS,
+    barriers,
+    loaded,
+    operand,
+    output_tile,
+    own_tiles,
+    producer,
+    release,
+    ring,
+    skip,
+    streamed_row,
+    wait_full,
 )
+from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
+from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_intervals import whole_columns
-from hstu_compile.ops.kernels.mask_tiles import key_spans, nth_tile, num_tiles, query_spans
+from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu, silu_and_grad
 
 
 @gluon.jit
-def pointwise(s, half_alpha, GRAD: gl.constexpr):
-    """silu(alpha * s), or its derivative."""
+def pointwise(s, half_alpha, row0, col0, whole, z, batch, FAMILY: gl.constexpr, GRAD: gl.constexpr, KEYS: gl.constexpr):
+    """silu(alpha * s), or its derivative; 0 where the mask is dead."""
     if GRAD:
-        return silu_and_grad(s * half_alpha, True)[1]
+        x = silu_and_grad(s * half_alpha, True)[1]
     else:
-        return silu(s * half_alpha, True)
-
-
-@gluon.jit
-def streamed_row(t, tiles, spans, BLOCK: gl.constexpr, KEYS_RESIDENT: gl.constexpr):
-    """First row of the t-th streamed tile, from the masked diagonal outwards."""
-    if KEYS_RESIDENT:
-        return nth_tile(t, spans) * BLOCK
-    else:
-        return nth_tile(tiles - 1 - t, spans) * BLOCK
-
-
-@gluon.jit
-def masked_pointwise(
-    s, half_alpha, row0, col0, whole, z, batch, FAMILY: gl.constexpr, GRAD: gl.constexpr, KEYS: gl.constexpr
-):
-    if (whole[0] <= col0) & (col0 + s.shape[1] <= whole[1]):
-        x = pointwise(s, half_alpha, GRAD)
-    else:  # not a mask over x: in a branch of their own the two share their registers
-        live = live_tile(s, row0, col0, z, batch, FAMILY, KEYS)
-        x = gl.where(live, pointwise(s, half_alpha, GRAD), 0.0)
+        x = silu(s * half_alpha, True)
+    if (col0 < whole[0]) | (col0 + s.shape[1] > whole[1]):
+        x = gl.where(live_tile(x, row0, col0, z, batch, FAMILY, KEYS), x, 0.0)
     return x
 
 
 @gluon.jit
-def stream(
-    a_desc, da_desc, b_desc, c_desc, sequence, spans, whole, row0, batch, half_alpha,
-    FAMILY: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr,
-    B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
-    GRAD: gl.constexpr, KEYS_RESIDENT: gl.constexpr, num_warps: gl.constexpr,
+def consumer(
+    out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
+    FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
+    B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr, KEYS: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """Sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c  for the rows from row0."""
-    dtype: gl.constexpr = a_desc.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_C, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    """Rows W * ROWS ... of each output tile."""
+    dtype: gl.constexpr = a.tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    a = gl.allocate_shared_memory(dtype, a_desc.block_type.shape, a_desc.layout)
-    if GRAD:
-        da = gl.allocate_shared_memory(dtype, a_desc.block_type.shape, da_desc.layout)
-    b = gl.allocate_shared_memory(dtype, [B_STAGES, 1, 1, BLOCK_C, 1, D], b_desc.layout)
-    c = gl.allocate_shared_memory(dtype, [C_STAGES, 1, 1, BLOCK_C, 1, D], c_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
-    b_ready = gl.allocate_shared_memory(gl.int64, [B_STAGES, 1], mbarrier.MBarrierLayout())
-    c_ready = gl.allocate_shared_memory(gl.int64, [C_STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=2 if GRAD else 1)
-    for i in gl.static_range(B_STAGES):
-        mbarrier.init(b_ready.index(i), count=1)
-    for i in gl.static_range(C_STAGES):
-        mbarrier.init(c_ready.index(i), count=1)
-
-    tiles = num_tiles(spans)
-    load_tile(a_desc, sequence, row0, ready, a, True)
-    if GRAD:
-        load_tile(da_desc, sequence, row0, ready, da, True)
-    for i in gl.static_range(B_STAGES):
-        col = streamed_row(i, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-        load_tile(b_desc, sequence, col, b_ready.index(i), b.index(i), i < tiles)
-    for i in gl.static_range(C_STAGES):
-        col = streamed_row(i, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-        load_tile(c_desc, sequence, col, c_ready.index(i), c.index(i), i < tiles)
-    acc = gl.zeros((BLOCK_R, D), dtype=gl.float32, layout=o_layout)
-    zero = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=s_layout)
-
-    # First tile: nothing to overlap with yet.
-    col0 = streamed_row(0, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-    mbarrier.wait(ready, 0)
-    mbarrier.wait(b_ready.index(0), 0)
-    s = warpgroup_mma(matrix(a), matrix(b.index(0)).permute((1, 0)), zero, use_acc=False, is_async=True)
-    if GRAD:
-        mbarrier.wait(c_ready.index(0), 0)
-        dp = warpgroup_mma(matrix(da), matrix(c.index(0)).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        g = masked_pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS_RESIDENT)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        col = streamed_row(C_STAGES, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-        load_tile(c_desc, sequence, col, c_ready.index(0), c.index(0), C_STAGES < tiles)
-        p = gl.convert_layout((g * dp).to(dtype), p_layout)
-    else:
-        s = warpgroup_mma_wait(0, deps=(s,))
-        col = streamed_row(B_STAGES, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-        load_tile(b_desc, sequence, col, b_ready.index(0), b.index(0), B_STAGES < tiles)
-        p = masked_pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS_RESIDENT)
-        p = gl.convert_layout(p.to(dtype), p_layout)
-
-    # Steady state: tile t's product under the scores of tile t + 1.
-    for t in range(0, tiles - 1):
-        nxt = t + 1
-        col0 = streamed_row(nxt, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-        bn = nxt % B_STAGES
-        mbarrier.wait(b_ready.index(bn), (nxt // B_STAGES) & 1)
-        if GRAD:
-            bt = t % B_STAGES
-            cn = nxt % C_STAGES
-            s = warpgroup_mma(matrix(a), matrix(b.index(bn)).permute((1, 0)), zero, use_acc=False, is_async=True)
-            acc = warpgroup_mma(p, matrix(b.index(bt)), acc, is_async=True)
-            mbarrier.wait(c_ready.index(cn), (nxt // C_STAGES) & 1)
-            dp = warpgroup_mma(matrix(da), matrix(c.index(cn)).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(2, deps=(s,))
-            g = masked_pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS_RESIDENT)
-            acc, p, dp = warpgroup_mma_wait(0, deps=(acc, p, dp))
-            col = streamed_row(t + B_STAGES, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-            load_tile(b_desc, sequence, col, b_ready.index(bt), b.index(bt), t + B_STAGES < tiles)
-            col = streamed_row(nxt + C_STAGES, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-            load_tile(c_desc, sequence, col, c_ready.index(cn), c.index(cn), nxt + C_STAGES < tiles)
-            p = gl.convert_layout((g * dp).to(dtype), p_layout)
-        else:
-            ct = t % C_STAGES
-            s = warpgroup_mma(matrix(a), matrix(b.index(bn)).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(c_ready.index(ct), (t // C_STAGES) & 1)
-            acc = warpgroup_mma(p, matrix(c.index(ct)), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            col = streamed_row(nxt + B_STAGES, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-            load_tile(b_desc, sequence, col, b_ready.index(bn), b.index(bn), nxt + B_STAGES < tiles)
-            r = masked_pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS_RESIDENT)
-            r = gl.convert_layout(r.to(dtype), p_layout)
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-            col = streamed_row(t + C_STAGES, tiles, spans, BLOCK_C, KEYS_RESIDENT)
-            load_tile(c_desc, sequence, col, c_ready.index(ct), c.index(ct), t + C_STAGES < tiles)
-            p = r
-
-    last = tiles - 1
-    if GRAD:
-        acc = warpgroup_mma(p, matrix(b.index(last % B_STAGES)), acc, is_async=True)
-    else:
-        mbarrier.wait(c_ready.index(last % C_STAGES), (last // C_STAGES) & 1)
-        acc = warpgroup_mma(p, matrix(c.index(last % C_STAGES)), acc, is_async=True)
-    return warpgroup_mma_wait(0, deps=(acc,))
+    done = 0  # b, c tiles so far
+    visited = 0
+    number = 0
+    tile = take_over(number, queue)
+    while tile >= 0:
+        number += 1
+        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, KEYS)
+        row0 = tile_row0 + W * ROWS
+        acc = gl.zeros((ROWS, D), dtype=gl.float32, layout=o_layout)
+        if tile_row0 < sequence.length:
+            mbarrier.wait(a.full.index(W), visited & 1)
+            visited += 1
+            tiles = num_tiles(spans)
+            first = own_tiles(row0, sequence, mask, tiles, spans, FAMILY, COLS, KEYS)
+            done = skip(b, c, done, first, B_STAGES, C_STAGES)
+            if first < tiles:
+                whole = whole_columns(row0, ROWS, mask, FAMILY, KEYS)
+                zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
+                # First tile: nothing to overlap with yet.
+                col0 = streamed_row(first, tiles, spans, COLS, KEYS)
+                b_tile = wait_full(b, done, B_STAGES)
+                a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
+                da_rows = loaded(da, W, s_layout, IN_REGISTERS and GRAD)
+                a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
+                s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                if GRAD:
+                    c_tile = wait_full(c, done, C_STAGES)
+                    da_tile = operand(da, da_rows, W, IN_REGISTERS)
+                    dp = warpgroup_mma(da_tile, c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s,))
+                    g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                    dp = warpgroup_mma_wait(0, deps=(dp,))
+                    release(c, done, C_STAGES)
+                    p = gl.convert_layout((g * dp).to(dtype), p_layout)
+                else:
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                    release(b, done, B_STAGES)
+                    p = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                    p = gl.convert_layout(p.to(dtype), p_layout)
+                # Steady state: a tile's product under the scores of the next.
+                for t in range(first + 1, tiles):
+                    col0 = streamed_row(t, tiles, spans, COLS, KEYS)
+                    a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
+                    if GRAD:
+                        # b of the tile before first: the load that takes its place has the longest time.
+                        acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
+                        b_next = wait_full(b, done + 1, B_STAGES)
+                        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                        c_next = wait_full(c, done + 1, C_STAGES)
+                        da_tile = operand(da, da_rows, W, IN_REGISTERS)
+                        dp = warpgroup_mma(da_tile, c_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                        acc, p = warpgroup_mma_wait(2, deps=(acc, p))
+                        release(b, done, B_STAGES)
+                        s = warpgroup_mma_wait(1, deps=(s,))
+                        g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                        dp = warpgroup_mma_wait(0, deps=(dp,))
+                        release(c, done + 1, C_STAGES)
+                        p = gl.convert_layout((g * dp).to(dtype), p_layout)
+                    else:
+                        b_next = wait_full(b, done + 1, B_STAGES)
+                        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                        acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
+                        s = warpgroup_mma_wait(1, deps=(s,))
+                        release(b, done + 1, B_STAGES)
+                        r = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                        r = gl.convert_layout(r.to(dtype), p_layout)
+                        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                        release(c, done, C_STAGES)
+                        p = r
+                    done += 1
+                mbarrier.arrive(a.empty.index(W), count=1)  # the next a loads under the last product and the store
+                if GRAD:
+                    acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    release(b, done, B_STAGES)
+                else:
+                    acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    release(c, done, C_STAGES)
+                done += 1
+            else:
+                mbarrier.arrive(a.empty.index(W), count=1)
+        if row0 < sequence.stored:
+            store_rows(out, row_stride, acc * factor, row0, sequence, DIM)
+        tile = take_over(number, queue)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def product_kernel(
     a_desc, da_desc, b_desc, c_desc, out, row_stride, half_alpha, factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    tiles_per_seq, FAMILY: gl.constexpr,
-    DIM: gl.constexpr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_C: gl.constexpr,
-    B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr, KEYS_RESIDENT: gl.constexpr,
-    num_warps: gl.constexpr,
+    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
+    GRAD: gl.constexpr, KEYS: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """out[rows] = factor * sum over the streamed tiles; one program a tile of BLOCK_R rows of a head."""
+    """out[rows] = factor * sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c."""
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
     )
-    pid = gl.program_id(0)
-    index = pid // tiles_per_seq
-    sequence = sequence_of(index, batch)
-    mask = mask_of(sequence.z, batch)
-    # Longest tiles first, so that the last wave is short work.
-    if KEYS_RESIDENT:
-        row0 = pid % tiles_per_seq * BLOCK_R
-        spans = query_spans(row0, BLOCK_C, BLOCK_R, mask, FAMILY)
+    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets)
+    a = ring(a_desc, 2, 2 if GRAD else 1, 1)  # a stage a consumer
+    if GRAD:
+        da = gl.allocate_shared_memory(a_desc.dtype, a.tiles.shape, da_desc.layout)
     else:
-        row0 = (tiles_per_seq - 1 - pid % tiles_per_seq) * BLOCK_R
-        spans = key_spans(row0, BLOCK_R, BLOCK_C, mask, FAMILY)
-    if row0 < sequence.length:
-        whole = whole_columns(row0, BLOCK_R, mask, FAMILY, KEYS_RESIDENT)
-        acc = stream(
-            a_desc, da_desc, b_desc, c_desc, sequence, spans, whole, row0, batch, half_alpha,
-            FAMILY, D, BLOCK_R, BLOCK_C, B_STAGES, C_STAGES, GRAD, KEYS_RESIDENT, num_warps,
-        )  # fmt: skip
-        sequence = sequence_of(pinned(index), batch)  # read again: nothing of it waits in registers
-        store_rows(out, row_stride, acc * factor, row0, sequence, DIM)
-    elif row0 < sequence.stored:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
-        store_rows(out, row_stride, gl.zeros((BLOCK_R, D), gl.float32, layout), row0, sequence, DIM)
+        da = a.tiles
+    b = ring(b_desc, B_STAGES, 1, 2)  # both consumers release a tile
+    c = ring(c_desc, C_STAGES, 1, 2)
+    queue = queue_of(barriers(2, 1, 2))
+    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
+    gl.warp_specialize(
+        [
+            (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
+                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, IN_REGISTERS, 0)),
+            (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
+                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, IN_REGISTERS, 1)),
+            (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
+                        FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, KEYS)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -25,7 +25,9 @@ RUNTIME = [
     "batch_rows",
     "num_heads",
     "tiles_per_seq",
-    "total_tiles",
+    "num_sequences",
+    "group",
+    "num_tickets",
     "contextual_seq_len",
     "target_group_size",
     "max_attn_len",
@@ -76,7 +78,8 @@ def first_row(z, batch):
 
 
 @gluon.jit
-def length_of(z, batch):
+def length_at(z, batch):
+    """Of sequence z (or several)."""
     if batch.each.seq_offsets is not None:
         start = gl.load(batch.each.seq_offsets + z).to(gl.int32)
         return gl.minimum(gl.load(batch.each.seq_offsets + z + 1).to(gl.int32) - start, batch.N)
@@ -91,7 +94,7 @@ def sequence_of(index, batch):
     """Head number `index` of all sequences."""
     z = index // batch.num_heads
     start = first_row(z, batch)
-    length = length_of(z, batch)
+    length = length_at(z, batch)
     if batch.each.seq_offsets is not None:
         return Sequence(z, start, index % batch.num_heads, length, start.to(gl.int64), length)
     else:
@@ -101,7 +104,7 @@ def sequence_of(index, batch):
 @gluon.jit
 def mask_of(z, batch):
     """The mask of sequence z."""
-    length = length_of(z, batch)
+    length = length_at(z, batch)
     history_end = length
     if batch.each.num_targets is not None:
         history_end = length - gl.load(batch.each.num_targets + z).to(gl.int32)
@@ -144,19 +147,28 @@ def live_tile(x, row0, col0, z, batch, FAMILY: gl.constexpr, KEYS_FIRST: gl.cons
     return live_in(pinned(first)[:, None], second[None, :], mask, FAMILY, KEYS_FIRST)
 
 
-@gluon.jit
-def store_rows(out, row_stride, acc, row0, sequence, DIM: gl.constexpr, COL0: gl.constexpr = 0):
-    """Rows of a [..., heads, DIM] output, from column COL0.
+@gluon.constexpr_function
+def row_layout(rows, dim, warps):
+    """As a result of wgmma lies in warps, but with 4 columns a thread: a shuffle away, and stored by whole sectors."""
+    registers = [[0, 1], [0, 2]] + [[8, 0]]
+    registers += [[0, 1 << i] for i in range(4, dim.bit_length() - 1)]
+    registers += [[16 * warps << i, 0] for i in range((rows // (16 * warps)).bit_length() - 1)]
+    warp_rows = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warp_rows, [], [rows, dim])
 
-    By pointer: a TMA store would overwrite the next sequence's first rows.
-    """
-    layout: gl.constexpr = acc.type.layout
+
+@gluon.jit
+def store_rows(out, row_stride, acc, row0, sequence, DIM: gl.constexpr):
+    """Rows of a [..., heads, DIM] output. By pointer: a TMA store would overwrite the next sequence's first rows."""
+    layout: gl.constexpr = row_layout(acc.shape[0], acc.shape[1], gl.num_warps())
+    acc = gl.convert_layout(acc.to(out.dtype.element_ty), layout)
     rows = row0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-    cols = COL0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
+    cols = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
     out += sequence.out_row * row_stride + sequence.head * DIM
     where = rows[:, None].to(gl.int64) * row_stride + cols[None, :]
     inside = rows[:, None] < sequence.stored
-    if DIM < COL0 + acc.shape[1]:
+    if DIM < acc.shape[1]:
         inside = inside & (cols[None, :] < DIM)
-    acc = gl.where(rows[:, None] < sequence.length, acc, 0.0)
-    gl.store(out + where, acc.to(out.dtype.element_ty), mask=inside)
+    zero = gl.zeros(acc.shape, acc.dtype, layout)
+    gl.store(out + where, gl.where(rows[:, None] < sequence.length, acc, zero), mask=inside)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hstu_compile.ops.kernels.mask_tiles import Spans, live_cells, nth_tile
+from hstu_compile.ops.kernels.mask_tiles import Mask, Spans, all_cells_live, live_cells, nth_tile
 
 
 class Rows(NamedTuple):
@@ -20,13 +20,14 @@ class Rows(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """attn_mask or attn_bias: [B, H, N, N], a broadcast dimension has stride 0."""
+    """attn_mask, attn_bias or its gradient: [B, H, N, N], a broadcast dimension has stride 0."""
 
     ptr: Any
     batch_stride: Any
     head_stride: Any
     row_stride: Any
     col_stride: Any
+    GRAIN: tl.constexpr  # divides N: so many columns exist together, which lets a load take them at once
 
 
 class Sequences(NamedTuple):
@@ -52,23 +53,25 @@ def locate(sequences, batch, N):
 
 
 @triton.jit
-def counts(sequences, batch, length, contextual_seq_len):
-    """End of history and number of contextual tokens."""
+def mask_of(
+    sequences, batch, length, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+):  # fmt: skip
+    """The mask of a sequence."""
     history_end = length
     if sequences.num_targets is not None:
         history_end = length - tl.load(sequences.num_targets + batch).to(tl.int32)
     contextual = contextual_seq_len
     if sequences.num_contextuals is not None:
         contextual = tl.load(sequences.num_contextuals + batch).to(tl.int32)
-    return history_end, contextual
+    return Mask(length, history_end, contextual, target_group_size, max_attn_len, min_full_attn_seq_len)
 
 
 @triton.jit
-def row_cells(tensor, at, rows, limit):
-    """Pointers to [rows, BLOCK] and which of them exist: rows below `limit`, columns below DIM."""
-    cols = tl.arange(0, tensor.BLOCK)
+def row_cells(tensor, at, rows, limit, col0, WIDTH: tl.constexpr):
+    """Pointers to [rows, WIDTH] and which of them exist: rows below `limit`, columns below DIM."""
+    cols = col0 + tl.arange(0, WIDTH)
     inside = rows[:, None] < limit
-    if tensor.DIM != tensor.BLOCK:
+    if tensor.DIM != WIDTH:
         inside = inside & (cols[None, :] < tensor.DIM)
     base = tensor.ptr + tl.cast(at[0], tl.int64) * tensor.batch_stride + at[1] * tensor.row_stride
     base += tl.cast(at[2], tl.int64) * tensor.head_stride
@@ -78,27 +81,47 @@ def row_cells(tensor, at, rows, limit):
 @triton.jit
 def load_rows(tensor, at, rows, limit):
     """[rows, BLOCK], 0 where there is nothing: what lies in unused rows may be NaN."""
-    pointers, inside = row_cells(tensor, at, rows, limit)
+    pointers, inside = row_cells(tensor, at, rows, limit, 0, tensor.BLOCK)
     return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_chunk(tensor, at, rows, limit, chunk, WIDTH: tl.constexpr):
+    """The `chunk`-th WIDTH columns of `load_rows`."""
+    pointers, inside = row_cells(tensor, at, rows, limit, chunk * WIDTH, WIDTH)
+    return tl.load(pointers, mask=inside & (chunk * WIDTH < tensor.DIM), other=0.0)
 
 
 @triton.jit
 def store_rows(tensor, at, rows, values, length, N, JAGGED: tl.constexpr):
     """The rows of a sequence; of a dense tensor also its unused rows, as 0."""
     if JAGGED:
-        pointers, inside = row_cells(tensor, at, rows, length)
+        pointers, inside = row_cells(tensor, at, rows, length, 0, tensor.BLOCK)
     else:
-        pointers, inside = row_cells(tensor, at, rows, N)
+        pointers, inside = row_cells(tensor, at, rows, N, 0, tensor.BLOCK)
         values = tl.where(rows[:, None] < length, values, 0.0)
     tl.store(pointers, values.to(tensor.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_cells(matrix, at, rows, cols, limit):
-    """Cells (rows, cols) in fp32, 0 beyond `limit`; rows and cols broadcast against each other."""
+def cells(matrix, at, rows, cols, limit):
+    """Pointers to cells (rows, cols), which broadcast, and which are below `limit`, in columns rounded up to GRAIN."""
     base = matrix.ptr + tl.cast(at[0], tl.int64) * matrix.batch_stride + tl.cast(at[2], tl.int64) * matrix.head_stride
     offsets = rows.to(tl.int64) * matrix.row_stride + cols.to(tl.int64) * matrix.col_stride
-    return tl.load(base + offsets, mask=(rows < limit) & (cols < limit), other=0).to(tl.float32)
+    return base + offsets, (rows < limit) & (cols < tl.cdiv(limit, matrix.GRAIN) * matrix.GRAIN)
+
+
+@triton.jit
+def load_cells(matrix, at, rows, cols, limit):
+    """Cells in fp32, 0 where `cells` has none."""
+    pointers, inside = cells(matrix, at, rows, cols, limit)
+    return tl.load(pointers, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_cells(matrix, at, rows, cols, limit, values):
+    pointers, inside = cells(matrix, at, rows, cols, limit)
+    tl.store(pointers, values.to(matrix.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,27 +134,56 @@ def half_argument(scores, half_alpha, bias, at, rows, cols, m):
 
 
 @triton.jit
-def masked(values, whole, rows, cols, m, family):
-    """values where the mask family lives, else 0; nothing to do where the tile is whole."""
-    if not whole:
-        values = tl.where(live_cells(rows, cols, m, family), values, 0.0)
-    return values
+def takes_no_weights(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, ones, bias, m, family):
+    """Whether every cell of a tile counts as it is; `ones`: whether the mask tensor is all ones there."""
+    whole = ones & all_cells_live(row0, col0, ROWS, COLS, m, family)
+    if bias is not None:  # what lies beyond the sequence may be NaN there
+        whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)
+    return whole
 
 
 @triton.jit
-def weighted(values, ones, mask, at, rows, cols, m):
-    """values times the mask tensor; nothing to do where it is all ones."""
+def weights(mask, at, rows, cols, m, family):
+    """The mask tensor, if any, where the mask family lives, else 0."""
+    live = live_cells(rows, cols, m, family)
     if mask is not None:
-        if not ones:
-            weight = load_cells(mask, at, rows, cols, m.length)
-            values = tl.where(weight != 0, values * weight, 0.0)
-    return values
+        return tl.where(live, load_cells(mask, at, rows, cols, m.length), 0.0)
+    else:
+        return tl.where(live, 1.0, 0.0)
 
 
 @triton.jit
-def occupied(spans, ranks):
-    """Runs of tiles as runs of their occupied ones (mask_occupancy.py); unchanged without a mask tensor."""
+def weighted(values, weight):
+    """values * weight, 0 where the weight is, whatever the value."""
+    return tl.where(weight != 0, values * weight, 0.0)
+
+
+@triton.jit
+def add_product(total, lost, left, right):
+    """total += left right, and what that lost.
+
+    fp32 sums are compensated: a chain of additions as long as the sequence loses several times what eager's products of
+    few columns lose, which are sums of partial sums.
+    """
+    if left.dtype == tl.float32:
+        step = tl.dot(left, right, -lost, input_precision="ieee")
+        new_total = total + step
+        return new_total, (new_total - total) - step
+    else:
+        return tl.dot(left, right, total), lost
+
+
+@triton.jit
+def tile_line(at, tile, tiles, mask_batches, mask_heads):
+    """Which line of the lists of occupied tiles (mask_occupancy.py) is that of a row of tiles."""
+    return (at[0] % mask_batches * mask_heads + at[2] % mask_heads).to(tl.int64) * tiles + tile
+
+
+@triton.jit
+def occupied(spans, ranks, line, tiles):
+    """Runs of tiles as runs of their occupied ones; `tiles` are in a line. Unchanged without a mask tensor."""
     if ranks is not None:
+        ranks += line * (tiles + 1)
         first0 = tl.load(ranks + spans.start0)
         first1 = tl.load(ranks + spans.start1)
         first2 = tl.load(ranks + spans.start2)
@@ -144,11 +196,11 @@ def occupied(spans, ranks):
 
 
 @triton.jit
-def visit(i, spans, visits):
-    """The i-th tile to visit, and whether the mask tensor (if any) is all ones there."""
+def visit(i, count, spans, visits, line, tiles):
+    """The i-th tile of `count` to visit, and whether the mask tensor (if any) is all ones there."""
     tile = nth_tile(i, spans)
     if visits is not None:
-        entry = tl.load(visits + tile)
+        entry = tl.load(visits + line * tiles + tile, mask=i < count, other=0)
         return entry // 2, entry % 2 == 1
     else:
-        return tile, True
+        return tile, tl.full((), True, tl.int1)

@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
-from hstu_compile.ops.kernels.attention_triton_kernels import dbias_kernel, dk_dv_kernel, dq_kernel, forward_kernel
+from hstu_compile.ops.kernels.attention_triton_dbias import dbias_kernel, sharers_kernel
+from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, product_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+CHUNK = 64
 
 
 def unsupported(
@@ -48,7 +50,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     """
     call = Call(q, k, v, **arguments)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    call.launch(forward_kernel, call.tiles.forward, by_keys=False, operands={"out_rows": call.rows(out)})
+    call.product(call.tiles.forward, out, call.scale, x=q, y=k, z=v)
     return out
 
 
@@ -58,15 +60,19 @@ def backward(
     """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
     call = Call(q, k, v, **arguments)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    dout_rows = call.rows(dout if dout.stride(-1) == 1 else dout.contiguous())
-    call.launch(dq_kernel, call.tiles.dq, by_keys=False, operands={"dout_rows": dout_rows, "dq_rows": call.rows(dq)})
-    grads = {"dk_rows": call.rows(dk), "dv_rows": call.rows(dv)}
-    call.launch(dk_dv_kernel, call.tiles.dk_dv, by_keys=True, operands={"dout_rows": dout_rows, **grads})
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    call.product(call.tiles.dq, dq, call.alpha * call.scale, x=q, y=k, dx=dout, dy=v)
+    if call.tiles.dk_dv is None:
+        call.product(call.tiles.forward, dv, call.scale, by_keys=True, x=k, y=q, z=dout)
+        call.product(call.tiles.dq, dk, call.alpha * call.scale, by_keys=True, x=k, y=q, dx=v, dy=dout)
+    else:
+        call.dk_dv(call.tiles.dk_dv, dout, dk, dv)
     attn_bias = arguments["attn_bias"]
     if not needs_bias_grad or attn_bias is None:
         return dq, dk, dv, None
     dbias = torch.empty(attn_bias.shape, dtype=attn_bias.dtype, device=q.device)
-    call.launch_dbias(dbias, dout_rows, call.tiles.dbias)
+    call.dbias(call.tiles.dbias, dout, dbias)
     return dq, dk, dv, dbias
 
 
@@ -95,26 +101,23 @@ class Call:
         min_full_attn_seq_len: int,
         targets_share_position: bool,
     ) -> None:
-        self.q = q
+        self.q, self.k, self.v = q, k, v
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
-        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *capability_and_memory(q.device))
+        has_cells = attn_mask is not None or attn_bias is not None
+        gpu = capability_and_memory(q.device)
+        self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
         self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
-        self.shared = {
-            "q_rows": self.rows(q),
-            "k_rows": self.rows(k),
-            "v_rows": self.rows(v),
+        self.sequences = {
             "sequences": Sequences(*(None if t is None else t.contiguous() for t in per_sequence)),
-            "mask": None if self.attn_mask is None else self.cells(self.attn_mask),
-            "bias": None if attn_bias is None else self.cells(attn_bias),
-            "family": Family(
-                CAUSAL=constant(causal),
-                CONTEXT=constant(num_contextuals is not None or contextual_seq_len != 0),
-                TARGETS=constant(num_targets is not None),
-                WINDOW=constant(max_attn_len != 0),
-                SHARED=constant(targets_share_position and num_targets is not None),
+            "family": family_of(
+                causal,
+                num_contextuals is not None or contextual_seq_len != 0,
+                num_targets is not None,
+                max_attn_len != 0,
+                targets_share_position and num_targets is not None,
             ),
             "N": max_seq_len,
             "num_heads": self.num_heads,
@@ -122,48 +125,125 @@ class Call:
             "target_group_size": target_group_size,
             "max_attn_len": max_attn_len,
             "min_full_attn_seq_len": min_full_attn_seq_len,
-            "alpha": float(alpha),
-            "scale": float(scale),
+        }
+        self.alpha, self.scale = float(alpha), float(scale)
+        self.shared = {
+            **self.sequences,
+            "mask": None if self.attn_mask is None else self.cells(self.attn_mask),
+            "bias": None if attn_bias is None else self.cells(attn_bias),
+            "alpha": self.alpha,
             "FAST": q.is_cuda and q.element_size() == 2,
         }
-
-    @staticmethod
-    def rows(t: Tensor) -> Rows:
-        batch_stride = t.stride(0) if t.dim() == 4 else 0
-        dim = t.shape[-1]
-        return Rows(t, batch_stride, t.stride(-3), t.stride(-2), constant(dim), constant(block_of(dim)))
 
     def cells(self, t: Tensor) -> Cells:
         if t.dtype == torch.bool:
             t = t.view(torch.uint8)
         elif t.dtype == torch.float64:  # tiles are made for at most four bytes a cell
             t = t.float()
-        return Cells(t, *t.expand(self.num_sequences, self.num_heads, *t.shape[-2:]).stride())
+        strides = t.expand(self.num_sequences, self.num_heads, *t.shape[-2:]).stride()
+        return Cells(t, *strides, constant(16 if self.max_seq_len % 16 == 0 else 1))
 
-    def launch(self, kernel: Any, tile: Tile, *, by_keys: bool, operands: dict[str, Rows]) -> None:
-        """One program for every tile of queries (or of keys), head and sequence."""
-        resident, streamed = (tile.cols, tile.rows) if by_keys else (tile.rows, tile.cols)
-        lists: dict[str, Any] = {"visits": None, "ranks": None, "mask_batches": 1, "mask_heads": 1}
-        if self.attn_mask is not None:
-            visits, ranks = occupied_tiles(self.attn_mask.mT if by_keys else self.attn_mask, resident, streamed)
-            lists = dict(zip(lists, (visits, ranks, *visits.shape[:2]), strict=True))
-        programs = triton.cdiv(self.max_seq_len, resident) * self.num_heads * self.num_sequences
-        launch(kernel, self.q, programs, tile, **self.shared, **operands, **lists)
+    def occupied(self, rows: int, cols: int, *, by_keys: bool) -> dict[str, Any]:
+        """The mask tensor's lists of occupied tiles, a line for every `rows` queries or for every `cols` keys."""
+        if self.attn_mask is None:
+            return {"visits": None, "ranks": None, "mask_batches": 1, "mask_heads": 1}
+        sizes = (cols, rows) if by_keys else (rows, cols)
+        visits, ranks = occupied_tiles(self.attn_mask.mT if by_keys else self.attn_mask, *sizes)
+        return {"visits": visits, "ranks": ranks, "mask_batches": visits.shape[0], "mask_heads": visits.shape[1]}
 
-    def launch_dbias(self, dbias: Tensor, dout_rows: Rows, tile: Tile) -> None:
-        bias_batches, bias_heads, N, _ = dbias.shape
-        programs = bias_batches * bias_heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
-        sizes = {"num_sequences": self.num_sequences, "bias_batches": bias_batches, "bias_heads": bias_heads}
-        launch(dbias_kernel, self.q, programs, tile, **self.shared, dout_rows=dout_rows, dbias_ptr=dbias, **sizes)
+    def programs(self, kept: int) -> int:
+        """One for every tile of the kept side, head and sequence."""
+        return triton.cdiv(self.max_seq_len, kept) * self.num_heads * self.num_sequences
+
+    def product(
+        self,
+        tile: Tile,
+        out: Tensor,
+        scale: float,
+        *,
+        x: Tensor,
+        y: Tensor,
+        z: Tensor | None = None,
+        dx: Tensor | None = None,
+        dy: Tensor | None = None,
+        by_keys: bool = False,
+    ) -> None:
+        """out from `product_kernel`; by keys, the tile's rows are keys and its columns queries."""
+        kept, streamed = tile.rows, tile.cols
+        operands = {"x_rows": x, "y_rows": y, "dx_rows": dx, "dy_rows": dy, "z_rows": z, "out_rows": out}
+        launch(
+            product_kernel,
+            self.q,
+            self.programs(kept),
+            tile,
+            **self.shared,
+            **{name: None if t is None else rows_of(t) for name, t in operands.items()},
+            **self.occupied(*((streamed, kept) if by_keys else (kept, streamed)), by_keys=by_keys),
+            scale=scale,
+            BY_KEYS=by_keys,
+            KEPT=kept,
+            STREAMED=streamed,
+        )
+
+    def dk_dv(self, tile: Tile, dout: Tensor, dk: Tensor, dv: Tensor) -> None:
+        operands = {
+            "q_rows": self.q,
+            "k_rows": self.k,
+            "v_rows": self.v,
+            "dout_rows": dout,
+            "dk_rows": dk,
+            "dv_rows": dv,
+        }
+        launch(
+            dk_dv_kernel,
+            self.q,
+            self.programs(tile.cols),
+            tile,
+            **self.shared,
+            **{name: rows_of(t) for name, t in operands.items()},
+            **self.occupied(tile.rows, tile.cols, by_keys=True),
+            scale=self.scale,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+        )
+
+    def dbias(self, tile: Tile, dout: Tensor, dbias: Tensor) -> None:
+        """One program for every tile of the bias, which streams the sequences and heads that share it."""
+        batches, heads, N, _ = dbias.shape
+        programs = batches * heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
+        if programs == 0:
+            return
+        counts = torch.empty(programs, dtype=torch.int32, device=dbias.device)
+        sharers = counts.new_empty(programs, self.num_sequences // batches * (self.num_heads // heads))
+        lists = {"sharers_ptr": sharers, "counts_ptr": counts, "num_sequences": self.num_sequences}
+        lists |= {"bias_batches": batches, "bias_heads": heads, "ROWS": tile.rows, "COLS": tile.cols}
+        occupied = self.occupied(tile.rows, tile.cols, by_keys=False)
+        launch(sharers_kernel, self.q, programs, tile._replace(num_warps=1), **self.sequences, **lists, **occupied)
+        operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
+        launch(
+            dbias_kernel,
+            self.q,
+            programs,
+            tile,
+            **self.shared,
+            **lists,
+            **{name: rows_of(t) for name, t in operands.items()},
+            dbias_cells=self.cells(dbias),
+            scale=self.scale,
+            CHUNK=CHUNK,
+        )
 
 
 def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: Any) -> None:
     if programs == 0:
         return
     with torch.cuda.device_of(like):
-        kernel[(programs,)](
-            **arguments, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=tile.num_stages
-        )
+        kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def rows_of(t: Tensor) -> Rows:
+    *batch_stride, row_stride, head_stride, _ = t.stride()
+    return Rows(t, batch_stride[0] if batch_stride else 0, row_stride, head_stride, *widths(t.shape[-1]))
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1
@@ -173,9 +253,14 @@ def constant(value: int | bool) -> tl.constexpr:
 
 
 @functools.cache
-def block_of(dim: int) -> int:
-    """The width in which tl.dot takes a head dimension."""
-    return max(16, triton.next_power_of_2(dim))
+def widths(dim: int) -> tuple[tl.constexpr, tl.constexpr]:
+    """A head dimension and the width in which tl.dot takes it."""
+    return constant(dim), constant(max(16, triton.next_power_of_2(dim)))
+
+
+@functools.cache
+def family_of(causal: bool, contextual: bool, targets: bool, window: bool, shared: bool) -> Family:
+    return Family(constant(causal), constant(contextual), constant(targets), constant(window), constant(shared))
 
 
 def unexpanded(t: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 
 from hstu_compile.ops.kernels.mask_tiles import (
+    end_position,
     in_spans,
     is_exempt,
     key_spans,
+    no_history,
     position,
     query_spans,
     shift,
@@ -29,8 +31,10 @@ def live_in(first, second, mask, FAMILY: tl.constexpr, KEYS_FIRST: tl.constexpr)
     else:
         live = in_spans(second, key_spans(first, 1, 1, mask, FAMILY))
     if FAMILY.TARGETS and FAMILY.WINDOW and not FAMILY.SHARED:  # spans let a window end within a group of targets
-        apart = tl.maximum(first - second, second - first)
-        history = (first < mask.history_end) | (second < mask.history_end)
+        first_at = position(first, mask, FAMILY)
+        second_at = position(second, mask, FAMILY)
+        apart = tl.maximum(first_at - second_at, second_at - first_at)
+        history = tl.minimum(first_at, second_at) < end_position(mask, FAMILY)
         live = live & (history | (apart <= mask.max_attn_len) | (mask.min_full_attn_seq_len > 0))
     return live
 
@@ -54,7 +58,7 @@ def whole_columns(row0, ROWS: tl.constexpr, mask, FAMILY: tl.constexpr, KEYS_FIR
         _, window_high = window_bounds(row0, row0, mask, FAMILY)
         window_high = tl.where(window_high < mask.length, window_high, BEYOND)
         if KEYS_FIRST:
-            exempt_position = position(mask.history_end, mask, FAMILY) - mask.min_full_attn_seq_len
+            exempt_position = end_position(mask, FAMILY) - mask.min_full_attn_seq_len
             exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + shift(mask, FAMILY))
             all_exempt = (mask.min_full_attn_seq_len > 0) & (exempt_low <= window_high)
             low = tl.maximum(low, window_low)
@@ -69,4 +73,6 @@ def whole_columns(row0, ROWS: tl.constexpr, mask, FAMILY: tl.constexpr, KEYS_FIR
         high = tl.where(contextual, mask.history_end, high)
     if FAMILY.TARGETS:
         high = tl.where(last >= mask.history_end, tl.minimum(high, mask.history_end), high)
+    if FAMILY.CONTEXT:
+        high = tl.where(no_history(mask, FAMILY), 0, high)
     return low, high

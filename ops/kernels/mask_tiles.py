@@ -61,10 +61,27 @@ def position(i, m, family):
 
 
 @triton.jit
+def end_position(m, family):
+    """Where the first target stands."""
+    return m.history_end - shift(m, family)
+
+
+@triton.jit
+def no_history(m, family):
+    """Whether targets leave no room for all contextual rows: then even these are targets."""
+    return end_position(m, family) <= 0
+
+
+@triton.jit
+def is_target(i, m, family):
+    return position(i, m, family) >= end_position(m, family)
+
+
+@triton.jit
 def window_position(i, m, family):
     """Where row or column i stands for the window."""
     if family.SHARED:
-        return tl.minimum(position(i, m, family), position(m.history_end, m, family))
+        return tl.minimum(position(i, m, family), end_position(m, family))
     else:
         return position(i, m, family)
 
@@ -72,7 +89,7 @@ def window_position(i, m, family):
 @triton.jit
 def is_exempt(row_at, m, family):
     """Whether a query at this window position sees beyond the window."""
-    return (m.min_full_attn_seq_len > 0) & (row_at >= position(m.history_end, m, family) - m.min_full_attn_seq_len)
+    return (m.min_full_attn_seq_len > 0) & (row_at >= end_position(m, family) - m.min_full_attn_seq_len)
 
 
 @triton.jit
@@ -85,15 +102,16 @@ def live_cells(rows, cols, m, family):
     else:
         live = (rows == cols) | (row_position != col_position)
     if family.TARGETS:
-        row_group = (rows - m.history_end) // m.target_group_size
-        col_group = (cols - m.history_end) // m.target_group_size
-        live = live & ((rows < m.history_end) | (cols < m.history_end) | (row_group == col_group))
+        row_target = row_position - end_position(m, family)
+        col_target = col_position - end_position(m, family)
+        same_group = row_target // m.target_group_size == col_target // m.target_group_size
+        live = live & ((row_target < 0) | (col_target < 0) | same_group)
     if family.WINDOW:
         row_at = window_position(rows, m, family)
         col_at = window_position(cols, m, family)
         live = live & ((tl.abs(row_at - col_at) <= m.max_attn_len) | is_exempt(row_at, m, family))
     if family.CONTEXT:
-        live = live | ((rows < m.contextual) & (cols < m.history_end))
+        live = live | ((rows < m.contextual) & (col_position < end_position(m, family)))
     return live & (rows < m.length) & (cols < m.length)
 
 
@@ -111,7 +129,7 @@ def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family
     elif family.CONTEXT:
         whole = whole & ((shift(m, family) == 0) | (row0 > shift(m, family)) | (col0 > shift(m, family)))
     if family.TARGETS:
-        whole = whole & ((row1 < m.history_end) | (col1 < m.history_end))
+        whole = whole & ~(is_target(row1, m, family) & is_target(col1, m, family))
     if family.WINDOW:
         before = window_position(row1, m, family) - window_position(col0, m, family)
         after = window_position(col1, m, family) - window_position(row0, m, family)
@@ -123,9 +141,25 @@ def all_cells_live(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family
 @triton.jit
 def groups_around(first, last, m, family):
     """The targets [start, end) in the groups of targets first .. last; rows before the first target count as it."""
-    start = m.history_end + tl.maximum(first - m.history_end, 0) // m.target_group_size * m.target_group_size
-    groups_end = (tl.maximum(last - m.history_end, 0) // m.target_group_size + 1) * m.target_group_size
-    return start, tl.minimum(m.history_end + groups_end, m.length)
+    first_target = tl.maximum(position(first, m, family) - end_position(m, family), 0)
+    last_target = tl.maximum(position(last, m, family) - end_position(m, family), 0)
+    start = m.history_end + first_target // m.target_group_size * m.target_group_size
+    end = m.history_end + (last_target // m.target_group_size + 1) * m.target_group_size
+    if family.CONTEXT:
+        start = tl.where(start <= shift(m, family), 0, start)
+    return start, tl.minimum(end, m.length)
+
+
+@triton.jit
+def own_cells(first, last, low, high, m, family):
+    """The first run of rows or columns first .. last: [low, high) where there is history; and where the others begin.
+
+    Without history those at position 0 meet themselves and what follows position 0 in their group, the others a group.
+    """
+    alone = no_history(m, family) & (last <= shift(m, family))
+    low = tl.where(alone, first, tl.where(no_history(m, family), 0, low))
+    high = tl.where(alone, last + 1, tl.where(no_history(m, family), 0, high))
+    return low, high, tl.where(alone, shift(m, family) + 1, 0)
 
 
 @triton.jit
@@ -136,7 +170,7 @@ def window_bounds(first, last, m, family):
     high_position = window_position(last, m, family) + m.max_attn_len
     high = tl.minimum(high_position + shift(m, family) + 1, m.length)
     if family.SHARED:
-        high = tl.where(high_position >= position(m.history_end, m, family), m.length, high)
+        high = tl.where(high_position >= end_position(m, family), m.length, high)
     return low, high
 
 
@@ -169,7 +203,7 @@ def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
     group_high = 0
     if family.TARGETS:
         group_low, group_high = groups_around(row0, row1, m, family)
-        group_high = tl.where(row1 >= m.history_end, tl.minimum(group_high, high), 0)
+        group_high = tl.where(is_target(row1, m, family), tl.minimum(group_high, high), 0)
         if family.CAUSAL:
             high = tl.minimum(high, m.history_end)
         else:
@@ -178,6 +212,8 @@ def key_spans(row0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
         contextual = row0 < m.contextual
         low = tl.where(contextual, 0, low)
         high = tl.where(contextual, tl.maximum(high, m.history_end), high)
+        low, high, others_low = own_cells(row0, row1, low, high, m, family)
+        group_low = tl.maximum(group_low, others_low)
     used = row0 < m.length
     return spans_of(low, tl.where(used, high, 0), group_low, tl.where(used, group_high, 0), 0, 0, COLS)
 
@@ -194,7 +230,7 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
     exempt_high = 0
     if family.WINDOW:
         window_low, window_high = window_bounds(col0, col1, m, family)
-        exempt_position = position(m.history_end, m, family) - m.min_full_attn_seq_len
+        exempt_position = end_position(m, family) - m.min_full_attn_seq_len
         exempt_low = tl.where(exempt_position <= 0, 0, exempt_position + shift(m, family))
         exempt_low = tl.maximum(exempt_low, low)
         exempt_high = tl.where(m.min_full_attn_seq_len > 0, high, 0)
@@ -204,22 +240,27 @@ def query_spans(col0, ROWS: tl.constexpr, COLS: tl.constexpr, m, family):
     if family.TARGETS:
         # Keys that are all targets: history (if it looks ahead), then their own groups.
         group_low, group_high = groups_around(col0, col1, m, family)
-        only_targets = col0 >= m.history_end
+        only_targets = is_target(col0, m, family)
         if family.CAUSAL:
             low = tl.where(only_targets, tl.maximum(low, group_low), low)
             high = tl.where(only_targets, tl.minimum(high, group_high), high)
             exempt_high = tl.where(only_targets, tl.minimum(exempt_high, group_high), exempt_high)
         else:
             history_high = tl.where(exempt_high > 0, m.history_end, tl.minimum(high, m.history_end))
+            if family.CONTEXT:
+                history_high = tl.where(no_history(m, family), 0, history_high)
             high = tl.where(only_targets, history_high, high)
             exempt_low = tl.where(only_targets, group_low, exempt_low)
             exempt_high = tl.where(only_targets, group_high, exempt_high)
+    contextual_low = 0
     contextual_high = 0
     if family.CONTEXT:
         contextual_high = tl.where(col0 < m.history_end, m.contextual, 0)
+        contextual_low, contextual_high, others_low = own_cells(col0, col1, 0, contextual_high, m, family)
+        low = tl.maximum(low, others_low)
     used = col0 < m.length
     return spans_of(
-        0,
+        contextual_low,
         tl.where(used, contextual_high, 0),
         low,
         tl.where(used, high, 0),
@@ -239,6 +280,29 @@ def nth_tile(i, spans):
     """The i-th tile of the runs."""
     tile = tl.where(i < spans.count0, spans.start0 + i, spans.start1 + i - spans.count0)
     return tl.where(i < spans.count0 + spans.count1, tile, spans.start2 + i - spans.count0 - spans.count1)
+
+
+@triton.jit
+def first_tile(spans):
+    """The first tile of the runs, of which there is one."""
+    first = tl.where(spans.count1 > 0, spans.start1, spans.start2)
+    return tl.where(spans.count0 > 0, spans.start0, first)
+
+
+@triton.jit
+def last_tile(spans):
+    """The last tile of the runs, of which there is one."""
+    last = tl.where(spans.count0 > 0, spans.start0 + spans.count0, 0)
+    last = tl.where(spans.count1 > 0, spans.start1 + spans.count1, last)
+    return tl.where(spans.count2 > 0, spans.start2 + spans.count2, last) - 1
+
+
+@triton.jit
+def tiles_upto(tile, spans):
+    """How many tiles of the runs are this one or come before it."""
+    upto0 = tl.minimum(tl.maximum(tile + 1 - spans.start0, 0), spans.count0)
+    upto1 = tl.minimum(tl.maximum(tile + 1 - spans.start1, 0), spans.count1)
+    return upto0 + upto1 + tl.minimum(tl.maximum(tile + 1 - spans.start2, 0), spans.count2)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """norm * gate, concatenation and dropout in Triton, one pass over memory forward and one backward.
 
 A tile is ROWS x one norm group, held in registers. The backward recomputes mean and deviation from the tile, which it
-holds anyway, and regenerates the dropout mask from the seed: nothing but the operands is saved. Each of its programs
-keeps to one group and sums its own share of dweight and dbias; a small second reduction adds the shares: no atomics.
+holds anyway, and regenerates the dropout mask from the seed: nothing but the operands is saved. Its programs stay, as
+many as a multiprocessor holds at once, each with one group, and copy the next tiles to shared memory while they work on
+this one. Each sums its own share of dweight and dbias; a small second reduction adds the shares: no atomics.
 """
 
 import torch
@@ -10,8 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # elements: 16 a thread with 4 warps, two 16-byte loads of 16-bit data
-PROGRAMS_PER_SM = 6  # of the backward; two or three of them fit at a time, so no round of work is half empty
+FORWARD_ELEMENTS = 16  # a thread: two 16-byte loads of 16-bit data
+BACKWARD_ELEMENTS = 8  # a thread: with 16, some 200 registers are live
+MAX_WARPS = 16
+# Of the backward: MAX_WARPS on each multiprocessor is what its 64 Ki registers hold at 128 a thread.
+BACKWARD_REGISTERS = 128
+MAX_BUFFERS = 2  # tiles on their way to shared memory
+SHARED_MEMORY = 96 << 10  # bytes of them on a multiprocessor; the smallest (sm_86, sm_89) has 100 KiB
 
 
 @triton.jit
@@ -33,12 +39,18 @@ def keep_scale(seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, B
 
 @triton.jit
 def normalised(x, inside, norm_eps, WIDTH: tl.constexpr, RMS: tl.constexpr):
-    """xhat and 1 / deviation of each row; x is 0 outside."""
+    """x, centred and divided by its deviation; it is 0 outside."""
     if not RMS:
         mean = tl.sum(x, axis=1) / WIDTH
         x = tl.where(inside, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + norm_eps)
-    return x * rstd[:, None], rstd
+    return x * rstd[:, None]
+
+
+@triton.jit
+def row_sums(a, b):
+    """The sums of the rows of a and of b; as one reduction, so that the warps meet once."""
+    return tl.split(tl.sum(tl.join(a, b), axis=1))
 
 
 @triton.jit
@@ -101,8 +113,7 @@ def forward_kernel(
     w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
 
-    xhat, _ = normalised(x, inside, norm_eps, WIDTH, RMS)
-    norm = xhat * w + b
+    norm = normalised(x, inside, norm_eps, WIDTH, RMS) * w + b
     gate, _ = activated(g, ACTIVATION)
     PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
     out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
@@ -124,6 +135,7 @@ def backward_kernel(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):  # fmt: skip
     """shares [2, programs, GROUPS * WIDTH]: each program's part of dweight and dbias, or None without affine."""
     program, programs = tl.program_id(0) // GROUPS, tl.num_programs(0) // GROUPS
@@ -136,8 +148,7 @@ def backward_kernel(
     ROW_WIDTH: tl.constexpr = GROUPS * WIDTH
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    tile = program
-    while tile * ROWS < T:  # not a range: the interpreter cannot take its end from an argument under numpy >= 2.4
+    for tile in tl.range(program, tl.cdiv(T, ROWS), programs, num_stages=1 + BUFFERS):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows < T)[:, None] & (in_group < WIDTH)[None, :]
         x = tl.load(a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
@@ -146,20 +157,23 @@ def backward_kernel(
         last = out + (PIECES - 1) * ROW_WIDTH
         dgated = get(dy, last, inside, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
 
-        xhat, rstd = normalised(x, inside, norm_eps, WIDTH, RMS)
         gate, gate_grad = activated(g, ACTIVATION)
-        dg = dgated * (xhat * w + b) * gate_grad
-        if CONCAT_U:
-            dg += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
         dnorm = dgated * gate
         if CONCAT_NORM:
             at = out + (CONCAT_U + CONCAT_X) * ROW_WIDTH
             dnorm += get(dy, at, inside, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
         dxhat = dnorm * w
-        dx = dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / WIDTH)[:, None]
         if not RMS:
-            dx -= (tl.sum(dxhat, axis=1) / WIDTH)[:, None]
-        dx *= rstd[:, None]
+            mean, dmean = row_sums(x, dxhat)
+            x = tl.where(inside, x - (mean / WIDTH)[:, None], 0.0)
+            dxhat -= (dmean / WIDTH)[:, None]
+        square, product = row_sums(x * x, dxhat * x)
+        rstd = tl.where(rows < T, tl.rsqrt(square / WIDTH + norm_eps), 0.0)[:, None]
+        xhat = x * rstd
+        dx = rstd * (dxhat - xhat * (rstd * (product / WIDTH)[:, None]))
+        dg = dgated * (xhat * w + b) * gate_grad
+        if CONCAT_U:
+            dg += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
         if CONCAT_X:
             at = out + CONCAT_U * ROW_WIDTH
             dx += get(dy, at, inside, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
@@ -169,17 +183,24 @@ def backward_kernel(
         if shares is not None:
             dweight += dnorm * xhat
             dbias += dnorm
-        tile += programs
     if shares is not None:
         own = shares + program * ROW_WIDTH + cols
         tl.store(own, tl.sum(dweight, axis=0), mask=in_group < WIDTH)
         tl.store(own + programs * ROW_WIDTH, tl.sum(dbias, axis=0), mask=in_group < WIDTH)
 
 
-def launch_tile(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of groups of this width, and warps."""
+def launch_tile(width: int, elements: int) -> dict[str, int]:
+    """The tile of groups of this width, with `elements` a thread as far as MAX_WARPS allow."""
     block = max(triton.next_power_of_2(width), 16)
-    return max(TILE // block, 1), block, min(max(block // 512, 4), 16)
+    warps = min(max(block // (32 * elements), 4), MAX_WARPS)
+    return dict(ROWS=max(32 * elements * warps // block, 1), BLOCK=block, num_warps=warps)
+
+
+def backward_launch(width: int, bytes_per_element: int) -> dict[str, int]:
+    """Tile and buffers; bytes_per_element: of all that is loaded."""
+    launch = launch_tile(width, BACKWARD_ELEMENTS)
+    loaded = launch["ROWS"] * launch["BLOCK"] * bytes_per_element * (MAX_WARPS // launch["num_warps"])
+    return dict(launch, BUFFERS=min(SHARED_MEMORY // loaded, MAX_BUFFERS), maxnreg=BACKWARD_REGISTERS)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -199,7 +220,7 @@ def kernel_arguments(
     norm_eps: float, num_groups: int, rms: bool, activation: str, concat_u: bool, concat_x: bool, concat_norm: bool,
     dropout_ratio: float, out_dtype: torch.dtype,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
-    """Tensors, scalars and compile-time values, as both kernels take them."""
+    """Tensors, scalars and compile-time values, as both kernels take them; the launch is each kernel's own."""
     a, u = _rows(a), _rows(u)
     width = a.shape[1] * a.shape[2] // num_groups
     # One pair of strides serves weight and bias: bring both to the same shape.
@@ -208,13 +229,12 @@ def kernel_arguments(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     given = weight if weight is not None else bias
     group_stride, column_stride = _affine_strides(given, num_groups, width)
-    rows, block, warps = launch_tile(width)
     threshold, scale = min(round(dropout_ratio * 2**31), 2**31 - 1), 1.0 / (1.0 - dropout_ratio)
     scalars = (a.shape[0], a.stride(0), a.stride(1), u.stride(0), u.stride(1), norm_eps, threshold, scale)
     constants = dict(
         GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a.shape[2], U_HEAD_DIM=u.shape[2],
         AFFINE_GROUP=group_stride, AFFINE_COLUMN=column_stride, RMS=rms, ACTIVATION=activation,
-        CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm, ROWS=rows, BLOCK=block, num_warps=warps,
+        CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
     )  # fmt: skip
     return (a, u, weight, bias, seed), scalars, constants
 
@@ -224,10 +244,11 @@ def forward(
 ):
     """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`."""
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    grid = triton.cdiv(a.shape[0], constants["ROWS"]) * constants["GROUPS"]
+    launch = launch_tile(constants["WIDTH"], FORWARD_ELEMENTS)
+    grid = triton.cdiv(a.shape[0], launch["ROWS"]) * constants["GROUPS"]
     if grid:
         with torch.cuda.device_of(a):
-            forward_kernel[(grid,)](*tensors, out, *scalars, **constants)
+            forward_kernel[(grid,)](*tensors, out, *scalars, **constants, **launch)
 
 
 def backward(
@@ -235,15 +256,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """da, du, dweight, dbias."""
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    groups, rows = constants["GROUPS"], constants["ROWS"]
+    groups, pieces = constants["GROUPS"], 1 + sum(constants[c] for c in ("CONCAT_U", "CONCAT_X", "CONCAT_NORM"))
+    launch = backward_launch(constants["WIDTH"], a.itemsize + u.itemsize + pieces * dy.itemsize)
+    resident = MAX_WARPS // launch["num_warps"] * _multiprocessors(a)
+    programs = min(triton.cdiv(a.shape[0], launch["ROWS"]), max(resident // groups, 1))
     da, du = a.new_empty(a.shape), u.new_empty(u.shape)
-    programs = min(triton.cdiv(a.shape[0], rows), triton.cdiv(PROGRAMS_PER_SM * _multiprocessors(a), groups))
     shares = None
     if weight is not None or bias is not None:
         shares = a.new_empty(2, programs, groups, constants["WIDTH"], dtype=torch.float32)
     if programs:
         with torch.cuda.device_of(a):
-            backward_kernel[(programs * groups,)](dy.contiguous(), *tensors, da, du, shares, *scalars, **constants)
+            operands = (dy.contiguous(), *tensors, da, du, shares)
+            backward_kernel[(programs * groups,)](*operands, *scalars, **constants, **launch)
     if shares is None:
         return da, du, None, None
     totals = shares.sum(1)

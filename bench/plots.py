@@ -1,0 +1,69 @@
+"""python -m bench.plots attention: docs/attention.png, from bench/results/nvidia-h200/attention.json (extra: plots)."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.attention_figures import REFERENCE_LINES
+from bench.tables import ROOT, Row, results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GPU = "nvidia-h200"  # the one that the reference lines were measured on
+COLOURS = {"sm90": "C0", "portable": "C1", "inductor": "C4", "eager": "C7"}
+REFERENCE_STYLES = {"target": ("k", "--"), "public CUTLASS": ("C3", ":"), "public Triton": ("C2", ":")}
+DIRECTIONS = ("forward", "backward")
+
+
+def attention(heading: str, rows: list[Row]) -> "Figure":
+    """TFLOP/s over N of causal, full-length sequences: a column for each head dim, forward above backward."""
+    from matplotlib.figure import Figure
+
+    plain = [row for row in rows if "tflops" in row and (row["lengths"], row["mask"]) == ("full", "causal")]
+    head_dims = sorted({row["head_dim"] for row in plain if row["head_dim"] in REFERENCE_LINES["target"]})
+    figure = Figure(figsize=(4 * len(head_dims), 7), layout="constrained")
+    figure.suptitle(f"HSTU attention, causal, full length, one launch: TFLOP/s\n{heading}", fontsize="medium")
+    for column, head_dim in enumerate(head_dims):
+        for line, direction in enumerate(DIRECTIONS):
+            axes = figure.add_subplot(2, len(head_dims), line * len(head_dims) + column + 1)
+            for name, colour in COLOURS.items():
+                points = sorted(
+                    (row["seq_len"], row["tflops"])
+                    for row in plain
+                    if (row["head_dim"], row["direction"], row["implementation"]) == (head_dim, direction, name)
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=name)
+            for name, figures in REFERENCE_LINES.items():
+                if head_dim in figures:
+                    colour, style = REFERENCE_STYLES[name]
+                    values = [pair[line] for pair in figures[head_dim].values()]
+                    axes.plot(list(figures[head_dim]), values, color=colour, linestyle=style, label=name)
+            axes.set_title(f"{direction}, D={head_dim}")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(REFERENCE_LINES["target"][head_dim]), map(str, REFERENCE_LINES["target"][head_dim]))
+            axes.set_xlabel("N")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="x-small")
+    return figure
+
+
+PLOTS = {"attention": attention}
+
+
+def draw(name: str, root: Path = ROOT) -> Path:
+    """The picture, in docs."""
+    found = [(heading, rows) for heading, rows in results(name, root) if heading.startswith(f"{GPU};")]
+    if not found:
+        raise SystemExit(f"no bench/results/{GPU}/{name}.json")
+    path = root / "docs" / f"{name}.png"
+    PLOTS[name](*found[0]).savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=PLOTS)
+    print(draw(parser.parse_args().name))

@@ -1,0 +1,169 @@
+"""dk and dv of HSTU attention on Hopper in one kernel at head dim 256, where they fill the registers of two consumers.
+
+A program owns ROWS keys. One consumer makes s = k qT, p = f(s) and dv += p do, the other dp = v doT, ds = f'(s) * dp
+and dk += ds q: four matrix products, with f'(s) handed over in shared memory. As in attention_sm90_dkdv the scores are
+[keys, queries], so that p and ds stay in registers. Tiles come as attention_sm90_pipeline says.
+"""
+
+from hstu_compile.ops.kernels.attention_sm90_dkdv import pointwise
+from hstu_compile.ops.kernels.attention_sm90_pipeline import (
+    ROWS,
+    barriers,
+    output_tile,
+    producer,
+    release,
+    resident,
+    ring,
+    streamed_row,
+    wait_full,
+)
+from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
+from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, store_rows
+from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from hstu_compile.ops.kernels.mask_intervals import whole_columns
+from hstu_compile.ops.kernels.mask_tiles import num_tiles
+
+
+@gluon.jit
+def dv_consumer(
+    dv_out, row_stride, half_alpha, factor, batch, k, q, do, grads, grad_bars, queue, tiles_per_seq,
+    FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q.tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
+    grad_full, grad_empty = grad_bars
+    done = 0  # q, do tiles so far
+    visited = 0
+    number = 0
+    tile = take_over(number, queue)
+    while tile >= 0:
+        number += 1
+        sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, ROWS, COLS, True)
+        dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+        if key0 < sequence.length:
+            whole = whole_columns(key0, ROWS, mask, FAMILY, True)
+            tiles = num_tiles(spans)
+            zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
+            mbarrier.wait(k.full.index(0), visited & 1)
+            visited += 1
+            query0 = streamed_row(0, tiles, spans, COLS, True)
+            q_tile = wait_full(q, done, STAGES)
+            s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            release(q, done, STAGES)
+            p, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
+            mbarrier.wait(grad_empty.index(0), (done & 1) ^ 1)
+            grads.store(g)
+            mbarrier.arrive(grad_full.index(0), count=1)
+            p = gl.convert_layout(p, p_layout)
+            for t in range(1, tiles):
+                query0 = streamed_row(t, tiles, spans, COLS, True)
+                # do of the tile before first: the load that takes its place has the longest time.
+                dv = warpgroup_mma(p, wait_full(do, done, STAGES), dv, is_async=True)
+                q_tile = wait_full(q, done + 1, STAGES)
+                s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                dv, p = warpgroup_mma_wait(1, deps=(dv, p))
+                release(do, done, STAGES)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                release(q, done + 1, STAGES)
+                x, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
+                mbarrier.wait(grad_empty.index(0), ((done + 1) & 1) ^ 1)
+                grads.store(g)
+                mbarrier.arrive(grad_full.index(0), count=1)
+                p = gl.convert_layout(x, p_layout)
+                done += 1
+            mbarrier.arrive(k.empty.index(0), count=1)
+            dv = warpgroup_mma(p, wait_full(do, done, STAGES), dv, is_async=True)
+            dv, p = warpgroup_mma_wait(0, deps=(dv, p))
+            release(do, done, STAGES)
+            done += 1
+        store_rows(dv_out, row_stride, dv * factor, key0, sequence, DIM)
+        tile = take_over(number, queue)
+
+
+@gluon.jit
+def dk_consumer(
+    dk_out, row_stride, factor, batch, k, v, q, do, grads, grad_bars, queue, tiles_per_seq,
+    FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q.tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
+    grad_full, grad_empty = grad_bars
+    done = 0  # q, do tiles so far
+    visited = 0
+    number = 0
+    tile = take_over(number, queue)
+    while tile >= 0:
+        number += 1
+        sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, ROWS, COLS, True)
+        dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+        if key0 < sequence.length:
+            tiles = num_tiles(spans)
+            zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
+            mbarrier.wait(k.full.index(0), visited & 1)
+            visited += 1
+            do_tile = wait_full(do, done, STAGES)
+            dp = warpgroup_mma(resident(v, 0), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma_wait(0, deps=(dp,))
+            release(do, done, STAGES)
+            mbarrier.wait(grad_full.index(0), done & 1)
+            ds = gl.convert_layout((grads.load(s_layout) * dp).to(dtype), p_layout)
+            mbarrier.arrive(grad_empty.index(0), count=1)
+            for _ in range(1, tiles):
+                dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
+                do_tile = wait_full(do, done + 1, STAGES)
+                dp = warpgroup_mma(resident(v, 0), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                dk, ds = warpgroup_mma_wait(1, deps=(dk, ds))
+                release(q, done, STAGES)
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+                release(do, done + 1, STAGES)
+                mbarrier.wait(grad_full.index(0), (done + 1) & 1)
+                ds = gl.convert_layout((grads.load(s_layout) * dp).to(dtype), p_layout)
+                mbarrier.arrive(grad_empty.index(0), count=1)
+                done += 1
+            mbarrier.arrive(k.empty.index(0), count=1)
+            dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
+            dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+            release(q, done, STAGES)
+            done += 1
+        store_rows(dk_out, row_stride, dk * factor, key0, sequence, DIM)
+        tile = take_over(number, queue)
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def dkdv_split_kernel(
+    q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
+    each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
+    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    batch = Batch(
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+    )
+    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets)
+    k = ring(k_desc, 1, 2, 2)
+    v = gl.allocate_shared_memory(k_desc.dtype, k.tiles.shape, v_desc.layout)
+    q = ring(q_desc, STAGES, 1, 2)
+    do = ring(do_desc, STAGES, 1, 2)
+    # Swizzled so that eight rows, 32 bytes of each, are all banks once.
+    grads = gl.allocate_shared_memory(gl.float32, [ROWS, COLS], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    grad_bars = barriers(1, 1, 1)
+    queue = queue_of(barriers(2, 1, 2))
+    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
+    gl.warp_specialize(
+        [
+            (dv_consumer, (dv_out, dv_stride, half_alpha, dv_factor, batch, k, q, do, grads, grad_bars, queue,
+                           tiles_per_seq, FAMILY, V_DIM, D, COLS, STAGES)),
+            (dk_consumer, (dk_out, dk_stride, dk_factor, batch, k, v, q, do, grads, grad_bars, queue,
+                           tiles_per_seq, FAMILY, K_DIM, D, COLS, STAGES)),
+            (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
+                        FAMILY, COLS, STAGES, STAGES, 1, True, True)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""How tiles reach the consumers of a Hopper attention kernel: warp-specialised and persistent.
+
+One producer warp draws output tiles; of each it loads the resident operands a and da, and streams tiles of COLS rows of
+b and c by TMA. Two consumers of four warps own ROWS rows of an output tile each and run independently, so that one's
+pointwise work and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its
+halves move in step.)
+"""
+
+from typing import Any, NamedTuple
+
+from hstu_compile.ops.kernels.attention_sm90_schedule import draw, hand_over
+from hstu_compile.ops.kernels.attention_sm90_tiles import load_tile, mask_of, matrix, pinned, sequence_of
+from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier
+from hstu_compile.ops.kernels.mask_tiles import (
+    first_tile,
+    key_spans,
+    last_tile,
+    nth_tile,
+    num_tiles,
+    query_spans,
+    tiles_upto,
+)
+
+ROWS = gl.constexpr(64)  # of a consumer: one m64 instruction a warpgroup
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, and a barrier a stage for the loads that fill it and for the consumers that empty it."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def ring(desc, STAGES: gl.constexpr, LOADS: gl.constexpr, CONSUMERS: gl.constexpr):
+    shape: gl.constexpr = [STAGES] + desc.block_type.shape
+    tiles = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+    full, empty = barriers(STAGES, LOADS, CONSUMERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def barriers(STAGES: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
+    """Two a stage: so many arrivals fill it, so many empty it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=FULL)
+        mbarrier.init(empty.index(i), count=EMPTY)
+    return full, empty
+
+
+@gluon.jit
+def wait_full(ring, n, STAGES: gl.constexpr):
+    """The n-th tile that passes through the ring, when it is there."""
+    mbarrier.wait(ring.full.index(n % STAGES), (n // STAGES) & 1)
+    return matrix(ring.tiles.index(n % STAGES))
+
+
+@gluon.jit
+def release(ring, n, STAGES: gl.constexpr):
+    mbarrier.arrive(ring.empty.index(n % STAGES), count=1)
+
+
+@gluon.jit
+def wait_empty(ring, n, STAGES: gl.constexpr):
+    mbarrier.wait(ring.empty.index(n % STAGES), ((n // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def resident(tiles, W: gl.constexpr):
+    """Consumer W's tile. (Where it is a constant, ptxas keeps the descriptors of all its slices, and spills.)"""
+    return matrix(tiles.index(pinned(gl.to_tensor(W))))
+
+
+@gluon.jit
+def loaded(tiles, W: gl.constexpr, layout: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """Consumer W's tile as a left operand in registers, where there is room: it takes no bandwidth of shared memory."""
+    if IN_REGISTERS:
+        return resident(tiles, W).load(gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2))
+    else:
+        return W
+
+
+@gluon.jit
+def operand(tiles, rows, W: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    if IN_REGISTERS:
+        return rows
+    else:
+        return resident(tiles, W)
+
+
+@gluon.jit
+def streamed_spans(row0, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, mask, FAMILY: gl.constexpr, KEYS: gl.constexpr):
+    """The tiles of COLS that NUM_ROWS resident rows meet."""
+    if KEYS:
+        return query_spans(row0, COLS, NUM_ROWS, mask, FAMILY)
+    else:
+        return key_spans(row0, NUM_ROWS, COLS, mask, FAMILY)
+
+
+@gluon.jit
+def streamed_row(t, tiles, spans, COLS: gl.constexpr, KEYS: gl.constexpr):
+    """First row of the t-th streamed tile, from the masked diagonal outwards."""
+    if KEYS:
+        return nth_tile(t, spans) * COLS
+    else:
+        return nth_tile(tiles - 1 - t, spans) * COLS
+
+
+@gluon.jit
+def tiles_before(tiles, spans, own, KEYS: gl.constexpr):
+    """How many streamed tiles come before the first of a consumer's own: those are the other consumer's alone."""
+    if KEYS:
+        return tiles_upto(first_tile(own) - 1, spans)
+    else:
+        return tiles - tiles_upto(last_tile(own), spans)
+
+
+@gluon.jit
+def output_tile(
+    tile, tiles_per_seq, batch, FAMILY: gl.constexpr, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr
+):
+    """Sequence, mask, first row and streamed tiles of an output tile of NUM_ROWS."""
+    sequence = sequence_of(tile // tiles_per_seq, batch)
+    mask = mask_of(sequence.z, batch)
+    row0 = tile % tiles_per_seq * NUM_ROWS
+    return sequence, mask, row0, streamed_spans(row0, NUM_ROWS, COLS, mask, FAMILY, KEYS)
+
+
+@gluon.jit
+def producer(
+    a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
+    FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
+    TILES: gl.constexpr, TWO: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    """An output tile has TILES resident tiles of ROWS. TWO: of da too, behind the barrier of a."""
+    filled = 0  # b, c tiles so far
+    visited = 0  # output tiles so far that load anything
+    number = 0  # output tiles so far
+    tile = -2  # none yet
+    while tile != -1:
+        sequence, mask, row0, spans = output_tile(
+            gl.maximum(tile, 0), tickets.tiles_per_seq, batch, FAMILY, TILES * ROWS, COLS, KEYS
+        )
+        tiles = 0
+        if tile >= 0:
+            hand_over(tile, number, queue)
+            number += 1
+            if row0 < sequence.length:
+                tiles = num_tiles(spans)
+                for w in gl.static_range(TILES):
+                    mbarrier.wait(a.empty.index(w), (visited & 1) ^ 1)
+                    load_tile(a_desc, sequence, row0 + w * ROWS, a.full.index(w), a.tiles.index(w), True)
+                    if TWO:
+                        load_tile(da_desc, sequence, row0 + w * ROWS, a.full.index(w), da.index(w), True)
+                visited += 1
+        upcoming = tile
+        for t in range(0, gl.maximum(tiles, 1)):
+            if t < tiles:
+                col0 = streamed_row(t, tiles, spans, COLS, KEYS)
+                slot = filled % B_STAGES
+                wait_empty(b, filled, B_STAGES)
+                load_tile(b_desc, sequence, col0, b.full.index(slot), b.tiles.index(slot), True)
+                slot = filled % C_STAGES
+                wait_empty(c, filled, C_STAGES)
+                load_tile(c_desc, sequence, col0, c.full.index(slot), c.tiles.index(slot), True)
+                filled += 1
+            if t == tiles // 2:  # while the consumers have tiles in stock
+                upcoming = draw(tickets, batch, TILES * ROWS, KEYS)
+        tile = upcoming
+    hand_over(-1, number, queue)
+
+
+@gluon.jit
+def own_tiles(row0, sequence, mask, tiles, spans, FAMILY: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr):
+    """The first of an output tile's streamed tiles that a consumer with ROWS rows from row0 needs."""
+    own = streamed_spans(row0, ROWS, COLS, mask, FAMILY, KEYS)
+    first = tiles
+    if num_tiles(own) > 0:
+        first = tiles_before(tiles, spans, own, KEYS)
+    return first
+
+
+@gluon.jit
+def skip(b, c, done, count, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr):
+    """Let `count` tiles pass that are the other consumer's alone."""
+    for _ in range(0, count):
+        wait_full(b, done, B_STAGES)
+        release(b, done, B_STAGES)
+        wait_full(c, done, C_STAGES)
+        release(c, done, C_STAGES)
+        done += 1
+    return done

@@ -1,0 +1,143 @@
+"""What docs/recompute.md promises: which tensors are saved, no attention twice, the same bits, less GPU memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hstu_compile
+from bench.native_layer import HSTUStack
+from tests.models import MODELS
+from tests.without_codegen import Compiled, inductor_without_codegen
+
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
+ATTENTION_BACKWARD = torch.ops.hstu_compile.hstu_attention_backward.default
+LAYERNORM, SILU, UVQK = ({f"recompute_{name}": True} for name in ("input_layernorm", "input_silu", "uvqk"))
+BOTH = LAYERNORM | SILU
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A model of one layer, and how many numbers a token are saved of its norm, projection and activation.
+
+    activation: what the partitioner saves; where nothing lies between silu and a view, it recomputes it unasked.
+    """
+
+    model: Callable[[], nn.Module]
+    arguments: tuple[Any, ...]
+    norm: int
+    projection: int
+    activation: int
+
+
+def one(name: str, projection: int, activation: int) -> Layer:
+    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation)
+
+
+def native(dropout_ratio: float) -> Layer:
+    arguments = torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 4, 7])
+    return Layer(lambda: HSTUStack(1, 24, 2, 8, dropout_ratio), arguments, 24, 64, 0)
+
+
+LAYERS = {
+    "native": native(0.0),
+    "native with dropout": native(0.2),
+    "meta_stu": one("meta_stu", 48, 16),  # silu on u alone
+    "nvidia_native": one("nvidia_native", 64, 64),
+    "research unbroken": one("research unbroken", 48, 48),
+    "four linears": one("four linears", 64, 48),
+}
+
+
+@dataclass
+class Step:
+    saved: int  # elements that the forward makes and the backward gets
+    calls: list[Any]  # of attention ops, forward then backward
+    values: list[Tensor]  # the output and every gradient
+
+
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
+    torch._dynamo.reset()
+    yield from inductor_without_codegen(monkeypatch)
+
+
+def step(layer: Layer, options: dict[str, bool], inductor: Compiled) -> Step:
+    torch._dynamo.reset()
+    inductor.aot_graphs.clear()
+    torch.manual_seed(0)
+    model = layer.model()
+    x, *others = layer.arguments
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    out = torch.compile(model, backend=hstu_compile.backend, options={"strict": True, **options})(x, *others)
+    out = out[0] if isinstance(out, tuple) else out
+    out.square().sum().backward()
+    forward, backward = inductor.aot_graphs
+    kept = [n for n in backward.graph.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))]
+    sizes = [n.meta["val"].numel() for n in kept if isinstance(n.meta["val"], Tensor)]
+    nodes = [*forward.graph.nodes, *backward.graph.nodes]
+    calls = [n.target for n in nodes if n.target in (ATTENTION, ATTENTION_BACKWARD)]
+    return Step(sum(sizes), calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_saved_tensors_calls_and_bits(name: str, inductor: Compiled) -> None:
+    layer = LAYERS[name]
+    tokens = layer.arguments[0].shape[:-1].numel()
+    plain = step(layer, {}, inductor)
+    freed = {"norm": layer.norm, "silu": layer.activation}
+    freed |= {"both": layer.norm + layer.activation, "uvqk": layer.norm + layer.projection + layer.activation}
+    for options, expected in zip((LAYERNORM, SILU, BOTH, UVQK), freed.values(), strict=True):
+        ours = step(layer, options, inductor)
+        statistics = (plain.saved - ours.saved) / tokens - expected  # of the norm: up to two numbers a token
+        assert statistics in ((0,) if options == SILU else (0, 1, 2)), options
+        assert ours.calls == plain.calls == [ATTENTION, ATTENTION_BACKWARD]
+        for a, b in zip(ours.values, plain.values, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), options
+
+
+def test_casts_of_what_is_recomputed_are_not_saved(inductor: Compiled) -> None:
+    """Under autocast the projection reads a bfloat16 copy of the norm's output."""
+    layer = LAYERS["native"]
+
+    def under_autocast() -> nn.Module:
+        model = layer.model()
+        inner = model.forward
+        model.forward = torch.autocast("cpu", torch.bfloat16)(inner)  # type: ignore[method-assign]
+        return model
+
+    cast = Layer(under_autocast, layer.arguments, 0, 0, 0)
+    plain = step(cast, {}, inductor)
+    for options, freed in ((LAYERNORM, layer.norm), (UVQK, layer.norm + layer.projection)):
+        ours = step(cast, options, inductor)
+        assert plain.saved - ours.saved >= freed * layer.arguments[0].shape[:-1].numel()
+        assert all(torch.equal(a, b) for a, b in zip(ours.values, plain.values, strict=True))
+
+
+@pytest.mark.cuda
+def test_memory() -> None:
+    layers, B, N, E, H, D = 4, 8, 1024, 512, 4, 128
+    x = torch.randn(B, N, E, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    lengths = torch.full((B,), N, device="cuda")
+
+    def held_and_peak(options: dict[str, bool]) -> tuple[int, int]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = HSTUStack(layers, E, H, D).to("cuda", torch.bfloat16)
+        run = torch.compile(model, backend=hstu_compile.backend, options=options)
+        run(x, lengths).sum().backward()  # compiles; gradients exist from here on
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = run(x, lengths)
+        held = torch.cuda.memory_allocated() - before
+        out.sum().backward()
+        return held, torch.cuda.max_memory_allocated() - before
+
+    (held, peak), (held_less, peak_less) = map(held_and_peak, ({}, UVQK))
+    a_layer = B * N * (E + 4 * H * D) * 2  # the normed input and the projection
+    assert held - held_less >= layers * a_layer
+    assert peak - peak_less >= (layers - 2) * a_layer  # one layer's are there again while its backward runs
