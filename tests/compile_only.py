@@ -50,11 +50,21 @@ def target(capability: int):
 
 
 def resources(compiled: Any) -> Resources:
-    """Read from the binary with the cuobjdump that comes with Triton."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Read from the binary."""
+    text = _read(compiled, "cuobjdump", "-res-usage")
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(compiled.metadata.shared, usage["REG"], usage["STACK"] + usage["LOCAL"])
+
+
+def sass(compiled: Any) -> str:
+    """What the GPU executes."""
+    return _read(compiled, "nvdisasm", "-c")
+
+
+def _read(compiled: Any, tool: str, option: str) -> str:
+    """The output of a tool that comes with Triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Resources(compiled.metadata.shared, usage["REG"], usage["STACK"] + usage["LOCAL"])
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,7 @@
 """HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic.
 
-Forward: one product. Backward: dq as a product, dk and dv together in a kernel of their own (7 matrix products).
+Forward: one product. Backward: up to head dim 64 all in one kernel (5 matrix products); above, dq as a product, dk and
+dv together in a kernel of their own (7).
 """
 
 import functools
@@ -22,8 +23,9 @@ ROWS = 64  # of a consumer
 L2_BYTES = 32 << 20  # of keys and values that are read together
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
 SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
-GRAD_TILES = {32: (64, 6, 6), 64: (64, 6, 6), 128: (64, 4, 4), 256: (64, 2, 1)}
-DKDV_TILES = {32: (64, 4), 64: (64, 6), 128: (64, 4), 256: (64, 2)}  # COLS, STAGES
+GRAD_TILES = {128: (64, 4, 4), 256: (64, 2, 1)}
+DKDV_TILES = {128: (64, 4), 256: (64, 2)}  # COLS, STAGES
+DQDKDV_TILES = {32: (128, 3), 64: (128, 3)}  # COLS, STAGES
 
 
 def unsupported(
@@ -66,19 +68,21 @@ class Kernels(NamedTuple):
     product: Any
     dkdv: Any
     dkdv_split: Any
+    dqdkdv: Any
 
 
 @functools.cache
 def kernels() -> Kernels:
     """Imported at the first launch."""
     from hstu_compile.ops.kernels import gluon_compat
+    from hstu_compile.ops.kernels.attention_sm90_backward import dqdkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_dkdv_split import dkdv_split_kernel
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel, dkdv_split_kernel)
+    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel, dkdv_split_kernel, dqdkdv_kernel)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -122,18 +126,19 @@ def backward_launches(
     scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 3))
-    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True, keys=False)
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 2))
     width = run.width
-    cols, stages = DKDV_TILES[width]
+    one_kernel = width in DQDKDV_TILES
+    cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
     arguments = (describe(q, cols, width), describe(k, ROWS, width))
     arguments += (describe(v, ROWS, width), describe(dout, cols, width))
-    arguments += (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
+    outputs = (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
-    if width > 128:
-        return [persistent(kernels().dkdv_split, k, ROWS, arguments, constants, run), dq_launch]
-    constants |= {"IN_REGISTERS": width <= 64}
-    return [persistent(kernels().dkdv, k, 2 * ROWS, arguments, constants, run), dq_launch]
+    if one_kernel:
+        return [dqdkdv(arguments, dq, outputs, constants, run)]
+    kernel, rows = (kernels().dkdv, 2 * ROWS) if width <= 128 else (kernels().dkdv_split, ROWS)
+    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True, keys=False)
+    return [persistent(kernel, k, rows, arguments + outputs, constants, run), dq_launch]
 
 
 class Run(NamedTuple):
@@ -149,6 +154,18 @@ class Run(NamedTuple):
 def counters(like: Tensor, count: int) -> Iterator[Tensor]:
     """Zeros to draw tickets from, 16 bytes apart: one a launch, since launches of other streams may run at a time."""
     return iter(torch.zeros(count, 4, dtype=torch.int32, device=like.device))
+
+
+def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
+    """Five products: see attention_sm90_backward."""
+    tiles_per_seq = math.ceil(run.call["max_seq_len"] / (2 * ROWS))
+    heads = num_sequences(dq, run.call) * dq.shape[-2]
+    slots = math.prod(dq.shape[:-2]) // constants["COLS"] * dq.shape[-2] + heads  # tiles of dq, of all sequences
+    sums = torch.empty(slots, constants["COLS"] * run.width, dtype=torch.float32, device=dq.device)
+    added = torch.zeros(slots, dtype=torch.int32, device=dq.device)
+    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, tiles_per_seq)
+    constants = {**constants, "FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
+    return Launch(kernels().dqdkdv, tiles_per_seq * heads, arguments, constants)
 
 
 def product(

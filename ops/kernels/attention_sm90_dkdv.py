@@ -8,12 +8,11 @@ through shared memory. Tiles come as attention_sm90_pipeline says: a, da, b, c a
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
     barriers,
-    loaded,
-    operand,
     output_tile,
     own_tiles,
     producer,
     release,
+    resident,
     ring,
     skip,
     streamed_row,
@@ -45,7 +44,7 @@ def pointwise(s, half_alpha, key0, query0, whole, z, batch, FAMILY: gl.constexpr
 def consumer(
     dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do, queue, tiles_per_seq,
     FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
-    STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, W: gl.constexpr,
+    STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Keys W * ROWS ... of each output tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
@@ -72,16 +71,8 @@ def consumer(
                 whole = whole_columns(key0, ROWS, mask, FAMILY, True)
                 zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
                 query0 = streamed_row(first, tiles, spans, COLS, True)
-                k_rows = loaded(k.tiles, W, s_layout, IN_REGISTERS)
-                v_rows = loaded(v, W, s_layout, IN_REGISTERS)
                 q_tile = wait_full(q, done, STAGES)
-                s = warpgroup_mma(
-                    operand(k.tiles, k_rows, W, IN_REGISTERS),
-                    q_tile.permute((1, 0)),
-                    zero,
-                    use_acc=False,
-                    is_async=True,
-                )
+                s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 p, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
                 p = gl.convert_layout(p, p_layout)
@@ -90,20 +81,12 @@ def consumer(
                 for t in range(first, tiles - 1):
                     query0 = streamed_row(t + 1, tiles, spans, COLS, True)
                     do_tile = wait_full(do, done, STAGES)
-                    dp = warpgroup_mma(
-                        operand(v, v_rows, W, IN_REGISTERS), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
+                    dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                     dv = warpgroup_mma(p, do_tile, dv, is_async=True)
                     dp = warpgroup_mma_wait(1, deps=(dp,))
                     ds = gl.convert_layout((g * dp).to(dtype), p_layout)
                     q_next = wait_full(q, done + 1, STAGES)
-                    s = warpgroup_mma(
-                        operand(k.tiles, k_rows, W, IN_REGISTERS),
-                        q_next.permute((1, 0)),
-                        zero,
-                        use_acc=False,
-                        is_async=True,
-                    )
+                    s = warpgroup_mma(resident(k.tiles, W), q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                     dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
                     dv, p, s = warpgroup_mma_wait(1, deps=(dv, p, s))
                     release(do, done, STAGES)
@@ -113,9 +96,7 @@ def consumer(
                     release(q, done, STAGES)
                     done += 1
                 do_tile = wait_full(do, done, STAGES)
-                dp = warpgroup_mma(
-                    operand(v, v_rows, W, IN_REGISTERS), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
+                dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                 dv = warpgroup_mma(p, do_tile, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 mbarrier.arrive(k.empty.index(W), count=1)
@@ -139,7 +120,7 @@ def dkdv_kernel(
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
-    IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
@@ -154,9 +135,9 @@ def dkdv_kernel(
     gl.warp_specialize(
         [
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
-                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, IN_REGISTERS, 0)),
+                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
-                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, IN_REGISTERS, 1)),
+                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
             (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),
         ],

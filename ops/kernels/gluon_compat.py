@@ -25,6 +25,7 @@ try:
 
     # 3.6 and 3.7 say async_copy_global_to_shared; 3.8 replaced it by async_load, with the same arguments.
     async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # of a partition
 except (ImportError, AttributeError) as error:
     PROBLEM = f"this triton's Gluon lacks what the Hopper kernels need ({error})"
 
@@ -36,6 +37,7 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "thread_barrier",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]

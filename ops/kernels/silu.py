@@ -43,30 +43,57 @@ def silu_and_grad(half, FAST: tl.constexpr):
 
 
 @triton.jit
-def tanh_two(x):
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 pair;
-        .reg .b16 low, high;
-        cvt.rn.f16x2.f32 pair, $3, $2;
-        tanh.approx.f16x2 pair, pair;
-        mov.b32 {low, high}, pair;
-        cvt.f32.f16 $0, low;
-        cvt.f32.f16 $1, high;
-        }
-        """,
-        "=f,=f,f,f",
-        [x],
-        dtype=tl.float32,
+def silu_and_grad_packed(half, dtype: tl.constexpr):
+    """silu in 16 bits and its derivative in fp16 (as precise as the tanh), in as few registers as there are results."""
+    type: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+    x, g = tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t<2>, x<2>, a<2>, b<2>;
+        tanh.approx.f32 t0, $2;
+        tanh.approx.f32 t1, $3;
+        fma.rn.f32 x0, $2, t0, $2;
+        fma.rn.f32 x1, $3, t1, $3;
+        fma.rn.f32 a0, t0, 0.5, 0.5;
+        fma.rn.f32 a1, t1, 0.5, 0.5;
+        sub.f32 b0, 1.0, a0;
+        sub.f32 b1, 1.0, a1;
+        fma.rn.f32 a0, x0, b0, a0;
+        fma.rn.f32 a1, x1, b1, a1;
+        cvt.rn."""
+        + type
+        + """.f32 $0, x1, x0;
+        cvt.rn.f16x2.f32 $1, a1, a0;
+        }""",
+        "=r,=r,f,f",
+        [half],
+        dtype=(tl.float16, tl.float16),
         is_pure=True,
         pack=2,
     )
+    return x.to(dtype, bitcast=True), g
 
 
 @triton.jit
-def silu_packed(half, PACKED: tl.constexpr):
-    if PACKED:
-        return half + half * tanh_two(half)
-    else:
-        return half + half * tanh_approx(half)
+def times_packed(g, dy, dtype: tl.constexpr):
+    """g * dy in 16 bits: g from `silu_and_grad_packed`, dy in fp32."""
+    type: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+    dx = tl.inline_asm_elementwise(
+        """{
+        .reg .f16 h<2>;
+        .reg .f32 g<2>;
+        mov.b32 {h0, h1}, $1;
+        cvt.f32.f16 g0, h0;
+        cvt.f32.f16 g1, h1;
+        mul.f32 g0, g0, $2;
+        mul.f32 g1, g1, $3;
+        cvt.rn."""
+        + type
+        + """.f32 $0, g1, g0;
+        }""",
+        "=r,r,f,f",
+        [g, dy],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
+    return dx.to(dtype, bitcast=True)
