@@ -4,6 +4,12 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
+
+
+# In 3.9.0 Triton's pipeliner fails an assertion on the rows of dbias_kernel, whose places are loaded a step ahead; in
+# 3.6.0 and 3.7.1 it takes them.
+DBIAS_IN_ONE_STAGE = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 
 
 class Tile(NamedTuple):
@@ -76,4 +82,5 @@ def tiles_for(
         by_dim = CELLS
     else:
         by_dim = HALF[max(memory for memory in HALF if memory <= shared_memory)]
-    return by_dim[min(dim for dim in by_dim if dim >= head_dim)]
+    tiles = by_dim[min(dim for dim in by_dim if dim >= head_dim)]
+    return tiles._replace(dbias=tiles.dbias._replace(num_stages=1)) if DBIAS_IN_ONE_STAGE else tiles
