@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-
 # In 3.9.0 Triton's pipeliner fails an assertion on the rows of dbias_kernel, whose places are loaded a step ahead; in
 # 3.6.0 and 3.7.1 it takes them.
 DBIAS_IN_ONE_STAGE = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
