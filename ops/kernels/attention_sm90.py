@@ -177,7 +177,7 @@ def product(
     arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
     constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    constants |= {"GRAD": grad, "KEYS": keys, "IN_REGISTERS": width <= 128}
+    constants |= {"GRAD": grad, "KEYS": keys, "IN_REGISTERS": width <= 128 and not grad}
     return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
 
 

@@ -18,6 +18,7 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     own_tiles,
     producer,
     release,
+    resident,
     ring,
     skip,
     streamed_row,
@@ -77,13 +78,11 @@ def consumer(
                 col0 = streamed_row(first, tiles, spans, COLS, KEYS)
                 b_tile = wait_full(b, done, B_STAGES)
                 a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
-                da_rows = loaded(da, W, s_layout, IN_REGISTERS and GRAD)
                 a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
                 s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                 if GRAD:
                     c_tile = wait_full(c, done, C_STAGES)
-                    da_tile = operand(da, da_rows, W, IN_REGISTERS)
-                    dp = warpgroup_mma(da_tile, c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -104,8 +103,7 @@ def consumer(
                         b_next = wait_full(b, done + 1, B_STAGES)
                         s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                         c_next = wait_full(c, done + 1, C_STAGES)
-                        da_tile = operand(da, da_rows, W, IN_REGISTERS)
-                        dp = warpgroup_mma(da_tile, c_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                        dp = warpgroup_mma(resident(da, W), c_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                         acc, p = warpgroup_mma_wait(2, deps=(acc, p))
                         release(b, done, B_STAGES)
                         s = warpgroup_mma_wait(1, deps=(s,))
