@@ -147,8 +147,7 @@ def _with_zero_tail(outputs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> 
     if seq_offsets is not None:
         from hstu_compile.ops.kernels.zero_tail import zero_tail
 
-        for out in outputs:
-            zero_tail(out, seq_offsets)
+        zero_tail(outputs, seq_offsets)
     return outputs
 
 

@@ -29,6 +29,7 @@ from hstu_compile.ops.kernels.mask_tiles import (
     live_cells,
     query_spans,
 )
+from hstu_compile.ops.kernels.zero_tail import zero_tail
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -408,3 +409,10 @@ def test_no_dead_tile_is_visited(mask: dict) -> None:
     any_live = live.view(8, 4, 8, 4).any(3).any(1)
     assert torch.equal(by_rows.bool(), any_live)
     assert torch.equal(by_cols.bool(), any_live)
+
+
+def test_rows_of_no_sequence_become_zero() -> None:
+    results = tuple(torch.full((9, 2, dim), float("nan"), device=DEVICE).to(DTYPES[-1]) for dim in (5, 700))
+    zero_tail((*results, torch.empty(9, 0, 3, device=DEVICE)), tensor([0, 3, 6]))
+    for result in results:
+        assert result[:6].isnan().all() and (result[6:] == 0).all()
