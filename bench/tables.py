@@ -121,7 +121,9 @@ def compatibility(rows: list[Row]) -> str:
     """Public implementations: time and memory of a training step, and errors in units of eager's own."""
     times = [row for row in rows if row["kind"] == "time"]
     steps = [
-        [r["model"], r["shape"], r["implementation"], format(r["ms"], ".1f"), str(r["peak_mib"]), str(r["compile_s"])]
+        [r["model"], r["shape"], r["implementation"]]
+        + [_cell(r, key, ".1f") for key in ("ms", "backtoback_ms", "host_ms")]
+        + [str(r["peak_mib"]), str(r["compile_s"])]
         for r in times
     ]
     errors = [
@@ -135,7 +137,7 @@ def compatibility(rows: list[Row]) -> str:
         for r in rows
         if r["kind"] == "error"
     ]
-    header = ["model", "shape", "implementation", "step, ms", "peak MiB", "first step, s"]
+    header = ["model", "shape", "implementation", "step, ms", "back to back, ms", "host, ms", "peak MiB", "first step, s"]
     return "\n\n".join(
         (
             "Training step, bfloat16:",
