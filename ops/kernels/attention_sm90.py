@@ -116,7 +116,7 @@ def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **c
     """What `forward` runs, on a GPU with that many multiprocessors."""
     (q, k, v), batch_rows = loadable(q, k, v)
     run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 1))
-    return [product(q, q, k, v, out, float(call["scale"]), run, grad=False, keys=False)]
+    return [product(q, q, k, v, out, float(call["scale"]), run, grad=False)]
 
 
 def backward_launches(
@@ -137,7 +137,7 @@ def backward_launches(
     if one_kernel:
         return [dqdkdv(arguments, dq, outputs, constants, run)]
     kernel, rows = (kernels().dkdv, 2 * ROWS) if width <= 128 else (kernels().dkdv_split, ROWS)
-    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True, keys=False)
+    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True)
     return [persistent(kernel, k, rows, arguments + outputs, constants, run), dq_launch]
 
 
@@ -168,16 +168,14 @@ def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any],
     return Launch(kernels().dqdkdv, tiles_per_seq * heads, arguments, constants)
 
 
-def product(
-    a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool, keys: bool
-) -> Launch:
+def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool) -> Launch:
     width, call = run.width, run.call
     cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
     a_rows = describe(a, ROWS, width)
     arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
     constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    constants |= {"GRAD": grad, "KEYS": keys, "IN_REGISTERS": width <= 128 and not grad}
+    constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad}
     return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
 
 

@@ -1,9 +1,8 @@
-"""One product of HSTU attention on Hopper: forward or gradient, query rows or key rows resident.
+"""One product of HSTU attention on Hopper with resident queries: the forward, or dq.
 
-Without a softmax, every product of the backward is the forward with other operands:
+Without a softmax, the gradient is the forward with other operands:
 
-    out = f(q kT) v              dq = (f'(q kT) * (do vT)) k        resident queries, streamed keys
-    dv  = f(k qT) do             dk = (f'(k qT) * (v doT)) q        resident keys, streamed queries
+    out = f(q kT) v              dq = (f'(q kT) * (do vT)) k
 
 Each program owns its output rows, so there are no atomics on results. P stays in registers as the A operand of the
 second product. Tiles come as attention_sm90_pipeline says.
@@ -33,14 +32,14 @@ from hstu_compile.ops.kernels.silu import silu, silu_and_grad
 
 
 @gluon.jit
-def pointwise(s, half_alpha, row0, col0, whole, z, batch, FAMILY: gl.constexpr, GRAD: gl.constexpr, KEYS: gl.constexpr):
+def pointwise(s, half_alpha, row0, col0, whole, z, batch, FAMILY: gl.constexpr, GRAD: gl.constexpr):
     """silu(alpha * s), or its derivative; 0 where the mask is dead."""
     if GRAD:
         x = silu_and_grad(s * half_alpha, True)[1]
     else:
         x = silu(s * half_alpha, True)
     if (col0 < whole[0]) | (col0 + s.shape[1] > whole[1]):
-        x = gl.where(live_tile(x, row0, col0, z, batch, FAMILY, KEYS), x, 0.0)
+        x = gl.where(live_tile(x, row0, col0, z, batch, FAMILY, False), x, 0.0)
     return x
 
 
@@ -48,7 +47,7 @@ def pointwise(s, half_alpha, row0, col0, whole, z, batch, FAMILY: gl.constexpr, 
 def consumer(
     out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
-    B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr, KEYS: gl.constexpr,
+    B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr,
     IN_REGISTERS: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Rows W * ROWS ... of each output tile."""
@@ -62,20 +61,20 @@ def consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, KEYS)
+        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, False)
         row0 = tile_row0 + W * ROWS
         acc = gl.zeros((ROWS, D), dtype=gl.float32, layout=o_layout)
         if tile_row0 < sequence.length:
             mbarrier.wait(a.full.index(W), visited & 1)
             visited += 1
             tiles = num_tiles(spans)
-            first = own_tiles(row0, sequence, mask, tiles, spans, FAMILY, COLS, KEYS)
+            first = own_tiles(row0, sequence, mask, tiles, spans, FAMILY, COLS, False)
             done = skip(b, c, done, first, B_STAGES, C_STAGES)
             if first < tiles:
-                whole = whole_columns(row0, ROWS, mask, FAMILY, KEYS)
+                whole = whole_columns(row0, ROWS, mask, FAMILY, False)
                 zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
                 # First tile: nothing to overlap with yet.
-                col0 = streamed_row(first, tiles, spans, COLS, KEYS)
+                col0 = streamed_row(first, tiles, spans, COLS, False)
                 b_tile = wait_full(b, done, B_STAGES)
                 a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
                 a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
@@ -84,18 +83,18 @@ def consumer(
                     c_tile = wait_full(c, done, C_STAGES)
                     dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s,))
-                    g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                    g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
                     release(c, done, C_STAGES)
                     p = gl.convert_layout((g * dp).to(dtype), p_layout)
                 else:
                     s = warpgroup_mma_wait(0, deps=(s,))
                     release(b, done, B_STAGES)
-                    p = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                    p = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
                     p = gl.convert_layout(p.to(dtype), p_layout)
                 # Steady state: a tile's product under the scores of the next.
                 for t in range(first + 1, tiles):
-                    col0 = streamed_row(t, tiles, spans, COLS, KEYS)
+                    col0 = streamed_row(t, tiles, spans, COLS, False)
                     a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
                     if GRAD:
                         # b of the tile before first: the load that takes its place has the longest time.
@@ -107,7 +106,7 @@ def consumer(
                         acc, p = warpgroup_mma_wait(2, deps=(acc, p))
                         release(b, done, B_STAGES)
                         s = warpgroup_mma_wait(1, deps=(s,))
-                        g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                        g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
                         dp = warpgroup_mma_wait(0, deps=(dp,))
                         release(c, done + 1, C_STAGES)
                         p = gl.convert_layout((g * dp).to(dtype), p_layout)
@@ -117,7 +116,7 @@ def consumer(
                         acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         release(b, done + 1, B_STAGES)
-                        r = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD, KEYS)
+                        r = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
                         r = gl.convert_layout(r.to(dtype), p_layout)
                         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                         release(c, done, C_STAGES)
@@ -146,7 +145,7 @@ def product_kernel(
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
-    GRAD: gl.constexpr, KEYS: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """out[rows] = factor * sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c."""
     batch = Batch(
@@ -165,11 +164,11 @@ def product_kernel(
     gl.warp_specialize(
         [
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
-                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, IN_REGISTERS, 0)),
+                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 0)),
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
-                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, KEYS, IN_REGISTERS, 1)),
+                        FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 1)),
             (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
-                        FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, KEYS)),
+                        FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, False)),
         ],
         [4, 1],
         [240, 24],
