@@ -1,7 +1,7 @@
 """Argument checks of the attention op. Every message names the argument, its value and what was expected."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,15 +31,13 @@ def expect(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"hstu_attention: {name} is {value}, expected {expected}")
 
 
-def _same(actual, expected, name: str, value: object, text: str) -> None:
+def _same(actual, expected, name: str, value: object, text: Callable[[], str]) -> None:
     # Sizes may be symbolic: torch._check records the equality instead of specialising to it.
-    def message() -> str:
-        return f"hstu_attention: {name} is {value}, expected {text}"
-
     if isinstance(actual, int) and isinstance(expected, int):
-        expect(actual == expected, name, value, text)
+        if actual != expected:
+            expect(False, name, value, text())
     else:
-        torch._check(actual == expected, message)
+        torch._check(actual == expected, lambda: f"hstu_attention: {name} is {value}, expected {text()}")
 
 
 def check_attention_arguments(
@@ -63,52 +61,50 @@ def check_attention_arguments(
     min_full_attn_seq_len: int,
     targets_share_position: bool,
 ) -> None:
-    """Ranks, shapes, dtypes and devices; reads no tensor's content."""
+    """Ranks, shapes, dtypes and devices; reads no tensor's content. In the way of every launch, hence messages late."""
     jagged = seq_offsets is not None
-    rank, layout = (3, "[T, H, D] (seq_offsets given)") if jagged else (4, "[B, N, H, D] (no seq_offsets)")
+    rank = 3 if jagged else 4
+    device, dtype, shape = q.device, q.dtype, q.shape
     for name, t in (("q", q), ("k", k), ("v", v)):
-        expect(t.dim() == rank, f"the shape of {name}", tuple(t.shape), layout)
-        expect(t.dtype in DTYPES, f"the dtype of {name}", t.dtype, "float32, float16 or bfloat16")
-        expect(t.dtype == q.dtype, f"the dtype of {name}", t.dtype, f"that of q, {q.dtype}")
-        expect(t.device == q.device, f"the device of {name}", t.device, f"that of q, {q.device}")
-        for dim in range(rank - 1):
-            _same(t.shape[dim], q.shape[dim], f"the shape of {name}", tuple(t.shape), f"{tuple(q.shape[:-1])} as in q")
-    _same(k.shape[-1], q.shape[-1], "the shape of k", tuple(k.shape), f"that of q, {tuple(q.shape)}")
+        if t.dim() != rank:
+            layout = "[T, H, D] (seq_offsets given)" if jagged else "[B, N, H, D] (no seq_offsets)"
+            expect(False, f"the shape of {name}", tuple(t.shape), layout)
+        if t.dtype not in DTYPES:
+            expect(False, f"the dtype of {name}", t.dtype, "float32, float16 or bfloat16")
+        if t.dtype != dtype:
+            expect(False, f"the dtype of {name}", t.dtype, f"that of q, {dtype}")
+        if t.device != device:
+            expect(False, f"the device of {name}", t.device, f"that of q, {device}")
+        if t is not q:
+            for size, wanted in zip(t.shape[:-1], shape[:-1], strict=True):
+                _same(size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(shape[:-1])} as in q")
+    _same(k.shape[-1], shape[-1], "the shape of k", tuple(k.shape), lambda: f"that of q, {tuple(shape)}")
 
-    expect(not (jagged and seq_lengths is not None), "seq_lengths", "given", "None when seq_offsets are given")
     if seq_offsets is not None:
+        expect(seq_lengths is None, "seq_lengths", "given", "None when seq_offsets are given")
         batch = seq_offsets.shape[0] - 1
     else:
-        batch = q.shape[0]
-        _same(q.shape[1], max_seq_len, "max_seq_len", max_seq_len, f"N = {q.shape[1]} of the dense q")
-    counts = (("seq_lengths", seq_lengths), ("num_targets", num_targets), ("num_contextuals", num_contextuals))
-    for name, count in (("seq_offsets", seq_offsets), *counts):
+        batch = shape[0]
+        _same(shape[1], max_seq_len, "max_seq_len", max_seq_len, lambda: f"N = {shape[1]} of the dense q")
+    for name, count in (
+        ("seq_offsets", seq_offsets),
+        ("seq_lengths", seq_lengths),
+        ("num_targets", num_targets),
+        ("num_contextuals", num_contextuals),
+    ):
         if count is None:
             continue
-        expect(count.dim() == 1, f"the shape of {name}", tuple(count.shape), "one dimension")
-        expect(count.dtype in (torch.int32, torch.int64), f"the dtype of {name}", count.dtype, "int32 or int64")
-        expect(count.device == q.device, f"the device of {name}", count.device, f"that of q, {q.device}")
-        if name != "seq_offsets":
-            _same(count.shape[0], batch, f"the shape of {name}", tuple(count.shape), f"[B] = [{batch}]")
+        if count.dim() != 1:
+            expect(False, f"the shape of {name}", tuple(count.shape), "one dimension")
+        if count.dtype not in (torch.int32, torch.int64):
+            expect(False, f"the dtype of {name}", count.dtype, "int32 or int64")
+        if count.device != device:
+            expect(False, f"the device of {name}", count.device, f"that of q, {device}")
+        if count is not seq_offsets:
+            _same(count.shape[0], batch, f"the shape of {name}", tuple(count.shape), lambda: f"[B] = [{batch}]")
     for name, plane in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
-        if plane is None:
-            continue
-        expect(plane.dim() == 4, f"the shape of {name}", tuple(plane.shape), "[B|1, H|1, N, N]")
-        expect(plane.device == q.device, f"the device of {name}", plane.device, f"that of q, {q.device}")
-        for dim, full, may_be_one in (
-            (0, batch, True),
-            (1, q.shape[-2], True),
-            (2, max_seq_len, False),
-            (3, max_seq_len, False),
-        ):
-            if not (may_be_one and isinstance(plane.shape[dim], int) and plane.shape[dim] == 1):
-                _same(
-                    plane.shape[dim],
-                    full,
-                    f"the shape of {name}",
-                    tuple(plane.shape),
-                    f"[B|1, H|1, {max_seq_len}, {max_seq_len}]",
-                )
+        if plane is not None:
+            _check_plane(name, plane, (batch, shape[-2], max_seq_len, max_seq_len), device)
     if attn_bias is not None:
         expect(attn_bias.is_floating_point(), "the dtype of attn_bias", attn_bias.dtype, "a floating point dtype")
     if attn_mask is not None:
@@ -121,8 +117,24 @@ def check_attention_arguments(
         ("min_full_attn_seq_len", min_full_attn_seq_len, 0),
         ("max_seq_len", max_seq_len, 0),
     ):
-        expect(not isinstance(value, int) or value >= least, name, value, f"at least {least}")
+        if isinstance(value, int) and value < least:
+            expect(False, name, value, f"at least {least}")
     expect(not isinstance(scaling_seq_len, (int, float)) or scaling_seq_len != 0, "scaling_seq_len", 0, "not 0")
+
+
+def _check_plane(name: str, plane: Tensor, sizes: tuple, device: torch.device) -> None:
+    """A mask or bias is [B|1, H|1, N, N]."""
+    expect(plane.dim() == 4, f"the shape of {name}", tuple(plane.shape), "[B|1, H|1, N, N]")
+    expect(plane.device == device, f"the device of {name}", plane.device, f"that of q, {device}")
+    for dim, (size, full) in enumerate(zip(plane.shape, sizes, strict=True)):
+        if not (dim < 2 and isinstance(size, int) and size == 1):
+            _same(
+                size,
+                full,
+                f"the shape of {name}",
+                tuple(plane.shape),
+                lambda: f"[B|1, H|1, {sizes[-1]}, {sizes[-1]}]",
+            )
 
 
 def check_attention_values(
