@@ -123,7 +123,8 @@ def test_lengths() -> None:
 
 def test_small_tools(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the reference for a kernel."""
-    monkeypatch.setattr(attention_problem, "kernels", lambda: {"reference": attention_problem.Reference})
+    for module in (sanitize, attention_sweep):
+        monkeypatch.setattr(module, "kernels", lambda: {"reference": attention_problem.Reference})
     cpu = torch.device("cpu")
     sanitize.main(cpu, (8,), torch.float32)
     assert capsys.readouterr().out == "D=8 reference: finite\n"

@@ -15,7 +15,7 @@ class RowScales(nn.Module):
         self.heads = heads
         self.proj = nn.Linear(dim, 3 * dim)
         self.temperature = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
-        self.gate = nn.Linear(dim, 1)
+        self.gate = nn.Linear(dim, 1, bias=False)  # a bias: one number, whose error is chance
 
     def forward(self, x: Tensor, offsets: Tensor, n: int) -> Tensor:
         total, dim = x.shape
