@@ -1,6 +1,7 @@
 """Tickets of the Hopper attention: every output tile is drawn once, whatever the lengths, and long ones come first."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-ROWS, HEADS = 128, 3
+ROWS, HEADS = 128, 6
 
 
 @functools.cache
@@ -17,20 +18,20 @@ def tiles_kernel():
     from hstu_compile.ops.kernels.attention_sm90_tiles import Batch
     from hstu_compile.ops.kernels.gluon_compat import gl, gluon
 
-    @gluon.jit(do_not_specialize=["N", "num_heads", "num_sequences", "group", "tiles_per_seq", "num_tickets"])
+    @gluon.jit(do_not_specialize=["N", "num_heads", "num_sequences", "group", "tiles_per_seq", "num_tickets", "heads"])
     def kernel(
-        out, each, N, num_heads, num_sequences, group, tiles_per_seq, num_tickets,
+        out, each, N, num_heads, num_sequences, group, tiles_per_seq, num_tickets, heads,
         ROWS: gl.constexpr, KEYS: gl.constexpr,
     ):  # fmt: skip
         batch = Batch(each, N, N, num_heads, 0, 1, 0, 0)
-        tickets = Tickets(out, num_sequences, group, tiles_per_seq, num_tickets)
+        tickets = Tickets(out, num_sequences, group, tiles_per_seq, num_tickets, heads)
         gl.store(out + gl.program_id(0), tile_of_ticket(gl.program_id(0), tickets, batch, ROWS, KEYS))
 
     return kernel
 
 
-def drawn(lengths: list[int], group: int, *, jagged: bool, keys: bool) -> list[tuple[int, int, int]]:
-    """(sequence, head, tile) of every ticket in order."""
+def drawn(lengths: list[int], group: int, heads: int, *, jagged: bool, keys: bool) -> list[tuple[int, int, int]]:
+    """(sequence, head, tile) of all tickets in order, of so many heads each."""
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
 
     N = max(lengths)
@@ -38,11 +39,11 @@ def drawn(lengths: list[int], group: int, *, jagged: bool, keys: bool) -> list[t
     offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).cuda()
     slots = sum(lengths) // ROWS + len(lengths) if jagged else tiles_per_seq * len(lengths)
     each = PerSequence(offsets if jagged else None, None, None, None)
-    out = torch.full((slots * HEADS,), -7, dtype=torch.int32, device="cuda")
+    out = torch.full((slots * HEADS // heads,), -7, dtype=torch.int32, device="cuda")
     tiles_kernel()[(len(out),)](
-        out, each, N, HEADS, len(lengths), group, tiles_per_seq, len(out), ROWS=ROWS, KEYS=keys, num_warps=1
+        out, each, N, HEADS, len(lengths), group, tiles_per_seq, len(out), heads, ROWS=ROWS, KEYS=keys, num_warps=1
     )
-    tiles = [int(tile) for tile in out.tolist() if tile != -1]
+    tiles = [int(tile) + head * tiles_per_seq for tile in out.tolist() if tile != -1 for head in range(heads)]
     return [(t // tiles_per_seq // HEADS, t // tiles_per_seq % HEADS, t % tiles_per_seq) for t in tiles]
 
 
@@ -62,8 +63,8 @@ def drawn(lengths: list[int], group: int, *, jagged: bool, keys: bool) -> list[t
     ids=["one", "edges", "giant", "many", "random"],
 )
 def test_every_tile_once(lengths: list[int], group: int, keys: bool) -> None:
-    for jagged in (True, False):
-        got = drawn(lengths, group, jagged=jagged, keys=keys)
+    for jagged, heads in itertools.product((True, False), (1, 2)):
+        got = drawn(lengths, group, heads, jagged=jagged, keys=keys)
         tiles = [math.ceil((n if jagged else max(lengths)) / ROWS) for n in lengths]
         assert sorted(got) == [(z, h, t) for z, n in enumerate(tiles) for h in range(HEADS) for t in range(n)]
         works = [(z // group, tiles[z] - t if keys else t + 1) for z, _, t in got]  # (group, tiles to stream)

@@ -21,6 +21,7 @@ MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_fu
 
 ROWS = 64  # of a consumer
 L2_BYTES = 32 << 20  # of keys and values that are read together
+TICKETS = 128  # that a multiprocessor draws: enough to even out, and no more where sequences are tiny
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
 SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
 GRAD_TILES = {128: (64, 4, 4), 256: (64, 2, 1)}
@@ -187,8 +188,11 @@ def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: d
     if run.call["seq_offsets"] is not None:
         slots, mean_length = x.shape[0] // rows + sequences, x.shape[0] // max(1, sequences)
     group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
-    tickets = slots * heads if sequences and max_seq_len else 0
-    arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets)
+    tiles = slots * heads if sequences and max_seq_len else 0
+    tickets_too_many = max(1, tiles // (TICKETS * run.sms))
+    heads_a_ticket = math.gcd(heads, 1 << (tickets_too_many.bit_length() - 1))
+    tickets = tiles // heads_a_ticket
+    arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets, heads_a_ticket)
     constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernel, min(run.sms, tickets), arguments, constants)
 

@@ -7,7 +7,6 @@ through shared memory. Tiles come as attention_sm90_pipeline says: a, da, b, c a
 
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
-    barriers,
     output_tile,
     own_tiles,
     producer,
@@ -18,7 +17,7 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     streamed_row,
     wait_full,
 )
-from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
+from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, scheduler, take_over, tile_queue
 from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_intervals import whole_columns
@@ -118,29 +117,30 @@ def consumer(
 def dkdv_kernel(
     q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
     )
-    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets)
+    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket)
     k = ring(k_desc, 2, 2, 1)  # a stage a consumer
     v = gl.allocate_shared_memory(k_desc.dtype, k.tiles.shape, v_desc.layout)
     q = ring(q_desc, STAGES, 1, 2)  # both consumers release a tile
     do = ring(do_desc, STAGES, 1, 2)
-    queue = queue_of(barriers(2, 1, 2))
-    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
+    queue = tile_queue(3)  # two consumers, the producer
+    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
                         queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
             (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
                         queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
-            (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
+            (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tiles_per_seq,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),
+            (scheduler, (batch, queue, tickets, 2 * ROWS, True)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

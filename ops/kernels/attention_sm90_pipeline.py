@@ -1,6 +1,6 @@
 """How tiles reach the consumers of a Hopper attention kernel: warp-specialised and persistent.
 
-One producer warp draws output tiles; of each it loads the resident operands a and da, and streams tiles of COLS rows of
+One warp schedules output tiles. Another loads the resident operands a and da of each, and streams tiles of COLS rows of
 b and c by TMA. Two consumers of four warps own ROWS rows of an output tile each and run independently, so that one's
 pointwise work and epilogue hide under the other's tensor-core work. (One consumer of eight warps gains nothing: its
 halves move in step.)
@@ -8,8 +8,8 @@ halves move in step.)
 
 from typing import Any, NamedTuple
 
-from hstu_compile.ops.kernels.attention_sm90_schedule import draw, hand_over
-from hstu_compile.ops.kernels.attention_sm90_tiles import load_tile, mask_of, matrix, pinned, sequence_of
+from hstu_compile.ops.kernels.attention_sm90_schedule import take_over
+from hstu_compile.ops.kernels.attention_sm90_tiles import barriers, load_tile, mask_of, matrix, pinned, sequence_of
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier
 from hstu_compile.ops.kernels.mask_tiles import (
     first_tile,
@@ -38,17 +38,6 @@ def ring(desc, STAGES: gl.constexpr, LOADS: gl.constexpr, CONSUMERS: gl.constexp
     tiles = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
     full, empty = barriers(STAGES, LOADS, CONSUMERS)
     return Ring(tiles, full, empty)
-
-
-@gluon.jit
-def barriers(STAGES: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
-    """Two a stage: so many arrivals fill it, so many empty it."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=FULL)
-        mbarrier.init(empty.index(i), count=EMPTY)
-    return full, empty
 
 
 @gluon.jit
@@ -135,7 +124,7 @@ def output_tile(
 
 @gluon.jit
 def producer(
-    a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
+    a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     TILES: gl.constexpr, TWO: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
@@ -143,26 +132,19 @@ def producer(
     filled = 0  # b, c tiles so far
     visited = 0  # output tiles so far that load anything
     number = 0  # output tiles so far
-    tile = -2  # none yet
-    while tile != -1:
-        sequence, mask, row0, spans = output_tile(
-            gl.maximum(tile, 0), tickets.tiles_per_seq, batch, FAMILY, TILES * ROWS, COLS, KEYS
-        )
-        tiles = 0
-        if tile >= 0:
-            hand_over(tile, number, queue)
-            number += 1
-            if row0 < sequence.length:
-                tiles = num_tiles(spans)
-                for w in gl.static_range(TILES):
-                    mbarrier.wait(a.empty.index(w), (visited & 1) ^ 1)
-                    load_tile(a_desc, sequence, row0 + w * ROWS, a.full.index(w), a.tiles.index(w), True)
-                    if TWO:
-                        load_tile(da_desc, sequence, row0 + w * ROWS, a.full.index(w), da.index(w), True)
-                visited += 1
-        upcoming = tile
-        for t in range(0, gl.maximum(tiles, 1)):
-            if t < tiles:
+    tile = take_over(number, queue)
+    while tile >= 0:
+        number += 1
+        sequence, mask, row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, TILES * ROWS, COLS, KEYS)
+        if row0 < sequence.length:
+            for w in gl.static_range(TILES):
+                mbarrier.wait(a.empty.index(w), (visited & 1) ^ 1)
+                load_tile(a_desc, sequence, row0 + w * ROWS, a.full.index(w), a.tiles.index(w), True)
+                if TWO:
+                    load_tile(da_desc, sequence, row0 + w * ROWS, a.full.index(w), da.index(w), True)
+            visited += 1
+            tiles = num_tiles(spans)
+            for t in range(0, tiles):
                 col0 = streamed_row(t, tiles, spans, COLS, KEYS)
                 slot = filled % B_STAGES
                 wait_empty(b, filled, B_STAGES)
@@ -171,10 +153,7 @@ def producer(
                 wait_empty(c, filled, C_STAGES)
                 load_tile(c_desc, sequence, col0, c.full.index(slot), c.tiles.index(slot), True)
                 filled += 1
-            if t == tiles // 2:  # while the consumers have tiles in stock
-                upcoming = draw(tickets, batch, TILES * ROWS, KEYS)
-        tile = upcoming
-    hand_over(-1, number, queue)
+        tile = take_over(number, queue)
 
 
 @gluon.jit

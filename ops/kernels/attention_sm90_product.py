@@ -10,7 +10,6 @@ second product. Tiles come as attention_sm90_pipeline says.
 
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
-    barriers,
     loaded,
     operand,
     output_tile,
@@ -23,7 +22,7 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     streamed_row,
     wait_full,
 )
-from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
+from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, scheduler, take_over, tile_queue
 from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_intervals import whole_columns
@@ -143,7 +142,7 @@ def consumer(
 def product_kernel(
     a_desc, da_desc, b_desc, c_desc, out, row_stride, half_alpha, factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket, FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -151,7 +150,7 @@ def product_kernel(
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
     )
-    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets)
+    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket)
     a = ring(a_desc, 2, 2 if GRAD else 1, 1)  # a stage a consumer
     if GRAD:
         da = gl.allocate_shared_memory(a_desc.dtype, a.tiles.shape, da_desc.layout)
@@ -159,17 +158,18 @@ def product_kernel(
         da = a.tiles
     b = ring(b_desc, B_STAGES, 1, 2)  # both consumers release a tile
     c = ring(c_desc, C_STAGES, 1, 2)
-    queue = queue_of(barriers(2, 1, 2))
-    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
+    queue = tile_queue(3)  # two consumers, the producer
+    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 0)),
             (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 1)),
-            (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
+            (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, False)),
+            (scheduler, (batch, queue, tickets, 2 * ROWS, False)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Which output tile of attention comes next: every sequence's own tiles and no others, longest first.
 
-Tiles are dealt out by ticket. A ticket names a head (the fastest index: heads of one sequence share the L2) and a slot.
-Sequence z owns the slots from `first_slot(z)` on; in the jagged layout these starts need no prefix sum, since
+Tiles are dealt out by ticket. A ticket names a slot and a head (the fastest index: heads of one sequence share the L2),
+or several heads where there are very many tiles. Sequence z owns the slots from `first_slot(z)` on; in the jagged
+layout these starts need no prefix sum, since
 
     ceil(length / ROWS) <= floor(end / ROWS) - floor(start / ROWS) + 1
 
@@ -11,7 +12,7 @@ keys and values that fit the L2 together) the longest tiles come first, so that 
 
 from typing import Any, NamedTuple
 
-from hstu_compile.ops.kernels.attention_sm90_tiles import length_at
+from hstu_compile.ops.kernels.attention_sm90_tiles import barriers, length_at
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier
 
 
@@ -21,10 +22,11 @@ class Tickets(NamedTuple):
     group: Any  # sequences whose tiles are ordered together, at most 32: one a lane
     tiles_per_seq: Any  # of the longest
     number: Any  # of tickets
+    heads: Any  # a ticket
 
 
 class Queue(NamedTuple):
-    """Hands the numbers of output tiles from the producer to the consumers, two in flight."""
+    """Hands the numbers of output tiles from the scheduler to all that work on them, two in flight."""
 
     items: Any
     full: Any
@@ -41,13 +43,14 @@ def first_slot(z, batch, tickets, ROWS: gl.constexpr):
 
 @gluon.jit
 def tile_of_ticket(ticket, tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
-    """Number (sequence * heads + head) * tiles_per_seq + tile of an output tile; -1 where the ticket has none.
+    """Number (sequence * heads + head) * tiles_per_seq + tile of the first output tile; -1 where the ticket has none.
 
     The last rows of queries meet the most keys, the first rows of KEYS the most queries.
     """
     lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    head = ticket % batch.num_heads
-    slot = ticket // batch.num_heads
+    tickets_a_slot = batch.num_heads // tickets.heads
+    head = ticket % tickets_a_slot * tickets.heads
+    slot = ticket // tickets_a_slot
     low = 0
     high = (tickets.num_sequences + tickets.group - 1) // tickets.group
     while high - low > 1:  # the group that owns the slot, 32 probes at a time
@@ -83,7 +86,7 @@ def tile_of_ticket(ticket, tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexp
 
 @gluon.jit
 def draw(tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
-    """The next output tile that nobody has drawn; -1 when there is none left."""
+    """The first output tile of the next ticket that has one; -1 when there is none left."""
     tile = -1
     ticket = 0
     while (tile < 0) & (ticket < tickets.number):
@@ -94,23 +97,37 @@ def draw(tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def queue_of(barriers):
-    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Queue(items, barriers[0], barriers[1])
+def scheduler(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
+    """Draws output tiles ahead of those who work on them; a warp of its own, since a draw takes some 2 us."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    number = 0  # of tiles handed over
+    heads = 0  # of the ticket in hand that are left
+    tile = 0
+    while tile != -1:
+        slot = number % 2
+        mbarrier.wait(queue.empty.index(slot), ((number // 2) & 1) ^ 1)
+        if heads > 0:
+            tile += tickets.tiles_per_seq
+        else:
+            tile = draw(tickets, batch, ROWS, KEYS)
+            heads = tickets.heads
+        heads -= 1
+        queue.items.index(slot).store(gl.full((1,), tile, gl.int32, layout))
+        mbarrier.arrive(queue.full.index(slot), count=1)
+        number += 1
 
 
 @gluon.jit
-def hand_over(tile, number, queue):
-    """The producer's number-th tile; -1: no more."""
-    slot = number % 2
-    mbarrier.wait(queue.empty.index(slot), ((number // 2) & 1) ^ 1)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    queue.items.index(slot).store(gl.full((1,), tile, gl.int32, layout))
-    mbarrier.arrive(queue.full.index(slot), count=1)
+def tile_queue(WORKERS: gl.constexpr):
+    """For the scheduler and so many partitions that take every tile."""
+    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full, empty = barriers(2, 1, WORKERS)
+    return Queue(items, full, empty)
 
 
 @gluon.jit
 def take_over(number, queue):
+    """The number-th output tile of this program; -1: there are no more."""
     slot = number % 2
     mbarrier.wait(queue.full.index(slot), (number // 2) & 1)
     tile = gl.max(queue.items.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)

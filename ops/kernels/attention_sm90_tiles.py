@@ -28,6 +28,7 @@ RUNTIME = [
     "num_sequences",
     "group",
     "num_tickets",
+    "heads_a_ticket",
     "contextual_seq_len",
     "target_group_size",
     "max_attn_len",
@@ -66,6 +67,17 @@ class Sequence(NamedTuple):
     length: Any
     out_row: Any  # its first row in the outputs
     stored: Any  # how many rows are stored: its own, and if dense the unused ones, as zeros
+
+
+@gluon.jit
+def barriers(STAGES: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
+    """Two a stage: so many arrivals fill it, so many empty it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=FULL)
+        mbarrier.init(empty.index(i), count=EMPTY)
+    return full, empty
 
 
 @gluon.jit
