@@ -103,9 +103,10 @@ def scheduler(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
     number = 0  # of tiles handed over
     heads = 0  # of the ticket in hand that are left
     tile = 0
+    AHEAD: gl.constexpr = queue.items.shape[0]
     while tile != -1:
-        slot = number % 2
-        mbarrier.wait(queue.empty.index(slot), ((number // 2) & 1) ^ 1)
+        slot = number % AHEAD
+        mbarrier.wait(queue.empty.index(slot), ((number // AHEAD) & 1) ^ 1)
         if heads > 0:
             tile += tickets.tiles_per_seq
         else:
@@ -118,18 +119,19 @@ def scheduler(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def tile_queue(WORKERS: gl.constexpr):
+def tile_queue(WORKERS: gl.constexpr, AHEAD: gl.constexpr = 1):
     """For the scheduler and so many partitions that take every tile."""
-    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full, empty = barriers(2, 1, WORKERS)
+    items = gl.allocate_shared_memory(gl.int32, [AHEAD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full, empty = barriers(AHEAD, 1, WORKERS)
     return Queue(items, full, empty)
 
 
 @gluon.jit
 def take_over(number, queue):
     """The number-th output tile of this program; -1: there are no more."""
-    slot = number % 2
-    mbarrier.wait(queue.full.index(slot), (number // 2) & 1)
+    AHEAD: gl.constexpr = queue.items.shape[0]
+    slot = number % AHEAD
+    mbarrier.wait(queue.full.index(slot), (number // AHEAD) & 1)
     tile = gl.max(queue.items.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
     mbarrier.arrive(queue.empty.index(slot), count=1)
     return tile
