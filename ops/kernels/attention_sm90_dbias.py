@@ -16,6 +16,7 @@ from hstu_compile.ops.kernels.attention_sm90_tiles import (
     load_tile,
     mask_of,
     matrix,
+    pinned,
     row_layout,
     sequence_of,
 )
@@ -162,38 +163,31 @@ def consumer(
             s = zero
             for c in gl.static_range(K_CHUNKS):
                 s = multiply(operands, done + c, s, c > 0, STAGES, W)
-            dp = multiply(operands, done + K_CHUNKS, zero, False, STAGES, W)
             sequence = sequence_of(entry // 2, batch)
             m = mask_of(sequence.z, batch)
             whole = (entry % 2 == 1) & all_cells_live(row0, col0, ROWS, COLS, m, FAMILY)
             whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)  # beyond, the bias may be NaN
             entry = gl.load(line + gl.minimum(i + 1, count - 1))
-            s = warpgroup_mma_wait(1, deps=(s,))
+            s = warpgroup_mma_wait(0, deps=(s,))
             release_chunks(operands, done, K_CHUNKS, STAGES)
             done += K_CHUNKS
-            for c in gl.static_range(1, V_CHUNKS):
-                dp = multiply(operands, done + c, dp, True, STAGES, W)
             slot = biases % BIAS_STAGES
             mbarrier.wait(bias.full.index(slot), (biases // BIAS_STAGES) & 1)
             cells = bias.tiles.index(slot).reshape([2 * ROWS, COLS]).slice(W * ROWS, ROWS, dim=0)
-            half = s * half_alpha + 0.5 * cells.load(layout).to(gl.float32)
+            grad = silu_grad(s, half_alpha, cells, PARTS)
             if i == count - 1:
                 mbarrier.arrive(bias.empty.index(slot), count=1)
-            grad = silu_and_grad(half, True)[1]
+            dp = zero
+            for c in gl.static_range(V_CHUNKS):
+                dp = multiply(operands, done + c, dp, c > 0, STAGES, W)
             dp = warpgroup_mma_wait(0, deps=(dp,))
             release_chunks(operands, done, V_CHUNKS, STAGES)
             done += V_CHUNKS
             ds = grad * dp
             if not whole:
-                live = live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False)
                 if mask is not None:
-                    rows = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-                    cols = col0 + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-                    where = (sequence.z, 0, sequence.head)
-                    weight = load_cells(mask, where, rows[:, None], cols[None, :], m.length)
-                    ds = weighted(ds, gl.where(live, weight, 0.0))
-                else:
-                    ds = gl.where(live, ds, 0.0)
+                    ds = times_mask(ds, mask, sequence, row0, col0, PARTS)
+                ds = gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
             sums += ds
         if count > 0:
             biases += 1
