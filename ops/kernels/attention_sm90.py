@@ -1,7 +1,7 @@
 """HSTU attention on Hopper (sm_90): what runs there, tile sizes, descriptors, launches. Deterministic.
 
-Forward: one product. Backward: up to head dim 64 all in one kernel (5 matrix products); above, dq as a product, dk and
-dv together in a kernel of their own (7).
+Forward: one product. Backward: up to head dim 64 all in one kernel (5 matrix products); above, or with a mask tensor or
+a bias, dq as a product, dk and dv together in a kernel of their own (7).
 """
 
 import functools
@@ -23,8 +23,8 @@ ROWS = 64  # of a consumer
 L2_BYTES = 32 << 20  # of keys and values that are read together
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
 SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
-GRAD_TILES = {128: (64, 4, 4), 256: (64, 2, 1)}
-DKDV_TILES = {128: (64, 4), 256: (64, 2)}  # COLS, STAGES
+GRAD_TILES = {32: (64, 4, 4), 64: (64, 4, 4), 128: (64, 4, 4), 256: (64, 2, 1)}
+DKDV_TILES = {32: (64, 4), 64: (64, 4), 128: (64, 4), 256: (64, 2)}  # COLS, STAGES
 DQDKDV_TILES = {32: (128, 3), 64: (128, 3)}  # COLS, STAGES
 
 
@@ -39,10 +39,6 @@ def unsupported(
     for name, dim in (("attn_dim", attn_dim), ("hidden_dim", hidden_dim)):
         if dim % 8 or not 0 < dim <= MAX_DIM:
             return f"{name} {dim} is not a multiple of 8 up to {MAX_DIM}"
-    if has_mask:
-        return "attn_mask is not fused here yet"
-    if has_bias:
-        return "attn_bias is not fused here yet"
     from hstu_compile.ops.kernels import gluon_compat
 
     return gluon_compat.PROBLEM
@@ -63,7 +59,11 @@ class Launch(NamedTuple):
 
 class Kernels(NamedTuple):
     compat: ModuleType
+    portable: ModuleType
     per_sequence: Any
+    pairs: Any
+    lists: Any
+    occupied_tiles: Any
     family: Any
     product: Any
     dkdv: Any
@@ -74,15 +74,29 @@ class Kernels(NamedTuple):
 @functools.cache
 def kernels() -> Kernels:
     """Imported at the first launch."""
-    from hstu_compile.ops.kernels import gluon_compat
+    from hstu_compile.ops.kernels import attention_triton, gluon_compat
     from hstu_compile.ops.kernels.attention_sm90_backward import dqdkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_dkdv import dkdv_kernel
     from hstu_compile.ops.kernels.attention_sm90_dkdv_split import dkdv_split_kernel
+    from hstu_compile.ops.kernels.attention_sm90_pairs import Lists, Pairs
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
+    from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
     from hstu_compile.ops.kernels.mask_tiles import Family
 
-    return Kernels(gluon_compat, PerSequence, Family, product_kernel, dkdv_kernel, dkdv_split_kernel, dqdkdv_kernel)
+    return Kernels(
+        gluon_compat,
+        attention_triton,
+        PerSequence,
+        Pairs,
+        Lists,
+        occupied_tiles,
+        Family,
+        product_kernel,
+        dkdv_kernel,
+        dkdv_split_kernel,
+        dqdkdv_kernel,
+    )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
@@ -97,14 +111,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, needs_bias_grad: bool, **call: Any
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """dq, dk, dv, contiguous; keywords as in `forward`. There is no bias here, hence no dbias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and, if asked for, dbias (from the portable kernel), contiguous; keywords as in `forward`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if dq.numel():
         with torch.cuda.device_of(q):
             for launch in backward_launches(dout, q, k, v, dq, dk, dv, processors(q.device), **call):
                 launch()
-    return dq, dk, dv, None
+    return dq, dk, dv, bias_grad(dout, q, k, v, call) if needs_bias_grad else None
+
+
+def bias_grad(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor | None:
+    """In the shape of the bias, if there is one."""
+    portable = kernels().portable.Call(q, k, v, **call)
+    return portable.dbias(portable.tiles.dbias, dout if dout.stride(-1) == 1 else dout.contiguous())
 
 
 @functools.cache
@@ -128,7 +148,7 @@ def backward_launches(
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
     run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 2))
     width = run.width
-    one_kernel = width in DQDKDV_TILES
+    one_kernel = width in DQDKDV_TILES and call["attn_mask"] is None and call["attn_bias"] is None
     cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
     arguments = (describe(q, cols, width), describe(k, ROWS, width))
     arguments += (describe(v, ROWS, width), describe(dout, cols, width))
@@ -183,12 +203,20 @@ def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: d
     """Launch with tickets for output tiles of so many rows of x: see attention_sm90_schedule."""
     sequences, heads, max_seq_len = num_sequences(x, run.call), x.shape[-2], run.call["max_seq_len"]
     tiles_per_seq = math.ceil(max_seq_len / rows)
+    by_keys = kernel is not kernels().product
     slots, mean_length = tiles_per_seq * sequences, max_seq_len
     if run.call["seq_offsets"] is not None:
         slots, mean_length = x.shape[0] // rows + sequences, x.shape[0] // max(1, sequences)
     group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
     tickets = slots * heads if sequences and max_seq_len else 0
-    arguments += (next(run.counters), sequences, group, tiles_per_seq, tickets)
+    arguments += (
+        pairs_of(x, rows, constants["COLS"], run.call, by_keys=by_keys),
+        next(run.counters),
+        sequences,
+        group,
+        tiles_per_seq,
+        tickets,
+    )
     constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernel, min(run.sms, tickets), arguments, constants)
 
@@ -211,6 +239,26 @@ def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
     """The kernels' arguments `each` to `min_full_attn_seq_len`, the same wherever the sequences lie."""
     each = kernels().per_sequence(*(call[name] for name in kernels().per_sequence._fields))
     return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
+
+
+def pairs_of(x: Tensor, rows: int, cols: int, call: dict[str, Any], *, by_keys: bool) -> Any:
+    """Bias and mask tensor, as a kernel takes them whose output tiles have so many rows and stream `cols`."""
+    portable, bias, mask = kernels().portable, call["attn_bias"], call["attn_mask"]
+    size = num_sequences(x, call), x.shape[-2]
+    lists = None
+    if mask is not None:
+        shared = portable.unexpanded(mask)
+        visits, ranks = kernels().occupied_tiles(shared.mT if by_keys else shared, rows, cols)
+        lists = kernels().lists(visits, ranks, *(portable.constant(size > 1) for size in shared.shape[:2]))
+    return kernels().pairs(*(None if t is None else cells_of(t, *size) for t in (bias, mask)), lists)
+
+
+def cells_of(t: Tensor, sequences: int, heads: int) -> Any:
+    """A bias or mask tensor, with a GRAIN of 2 where two adjacent cells are one aligned load in every row."""
+    cells = kernels().portable.cells_of(t, sequences, heads)
+    steps = [step for step in cells.ptr.stride() if step != 1]
+    aligned = cells.ptr.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (t.shape[-1], *steps))
+    return cells._replace(GRAIN=kernels().portable.constant(2 if aligned else 1))
 
 
 def has_context(call: dict[str, Any]) -> bool:

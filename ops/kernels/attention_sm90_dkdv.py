@@ -5,9 +5,11 @@ come out of the tensor cores in the layout in which dv += pT do and dk += dsT q 
 through shared memory. Tiles come as attention_sm90_pipeline says: a, da, b, c are k, v, q, do.
 """
 
+from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, lists_of, load_bias, load_weight, weighted
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
     barriers,
+    meets_any,
     output_tile,
     own_tiles,
     producer,
@@ -17,32 +19,35 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     skip,
     streamed_row,
     wait_full,
+    whole_tiles,
 )
 from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
 from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu_and_grad
 
 
 @gluon.jit
-def pointwise(s, half_alpha, key0, query0, whole, z, batch, FAMILY: gl.constexpr, DTYPE: gl.constexpr):
-    """silu(alpha * s), rounded, and its derivative; 0 where the mask is dead."""
-    if (whole[0] <= query0) & (query0 + s.shape[1] <= whole[1]):
-        x, g = silu_and_grad(s * half_alpha, True)
+def pointwise(
+    s, half_alpha, bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY: gl.constexpr, DTYPE: gl.constexpr
+):
+    """silu(alpha * s + bias) times the mask tensor, rounded, and its derivative; 0 where the mask is dead."""
+    if (whole[0] <= query0) & (query0 + s.shape[1] <= whole[1]) & ones:
+        x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
         x = x.to(DTYPE)
     else:  # not a mask over x and g: in a branch of their own they share their registers
-        live = live_tile(s, key0, query0, z, batch, FAMILY, True)
-        x, g = silu_and_grad(s * half_alpha, True)
-        x = gl.where(live, x, 0.0).to(DTYPE)
-        g = gl.where(live, g, 0.0)
+        live = live_tile(s, key0, query0, sequence.z, batch, FAMILY, True)
+        weight = load_weight(pairs, s, key0, query0, sequence, batch, True)
+        x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
+        x = gl.where(live, weighted(x, weight), 0.0).to(DTYPE)
+        g = gl.where(live, weighted(g, weight), 0.0)
     return x, g
 
 
 @gluon.jit
 def consumer(
-    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do, queue, tiles_per_seq,
+    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do, queue, tiles_per_seq,
     FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
     STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -57,29 +62,31 @@ def consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, tile_key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, True)
+        sequence, mask, tile_key0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, 2 * ROWS, COLS, True)
+        lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         key0 = tile_key0 + W * ROWS
         dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
         dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
-        if tile_key0 < sequence.length:
+        if meets_any(tile_key0, sequence, spans, lists):
             mbarrier.wait(k.full.index(W), visited & 1)
             visited += 1
             tiles = num_tiles(spans)
-            first = own_tiles(key0, sequence, mask, tiles, spans, FAMILY, COLS, True)
+            first = own_tiles(key0, mask, tiles, spans, lists, FAMILY, COLS, True)
             done = skip(q, do, done, first, STAGES, STAGES)
             if first < tiles:
-                whole = whole_columns(key0, ROWS, mask, FAMILY, True)
+                whole = whole_tiles(key0, mask, pairs, FAMILY, True)
                 zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
-                query0 = streamed_row(first, tiles, spans, COLS, True)
+                query0, ones = streamed_row(first, tiles, spans, lists, COLS, True)
                 q_tile = wait_full(q, done, STAGES)
                 s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                 s = warpgroup_mma_wait(0, deps=(s,))
-                p, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
+                p, g = pointwise(s, half_alpha, bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype)
                 p = gl.convert_layout(p, p_layout)
                 # The scores of the next tile and their pointwise work hide under the products of this one. Nothing is
                 # in flight from one round to the next: ptxas would serialise every wgmma of the loop.
                 for t in range(first, tiles - 1):
-                    query0 = streamed_row(t + 1, tiles, spans, COLS, True)
+                    query0, ones = streamed_row(t + 1, tiles, spans, lists, COLS, True)
                     do_tile = wait_full(do, done, STAGES)
                     dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                     dv = warpgroup_mma(p, do_tile, dv, is_async=True)
@@ -88,9 +95,12 @@ def consumer(
                     q_next = wait_full(q, done + 1, STAGES)
                     s = warpgroup_mma(resident(k.tiles, W), q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                     dk = warpgroup_mma(ds, wait_full(q, done, STAGES), dk, is_async=True)
+                    next_bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                     dv, p, s = warpgroup_mma_wait(1, deps=(dv, p, s))
                     release(do, done, STAGES)
-                    x, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
+                    x, g = pointwise(
+                        s, half_alpha, next_bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype
+                    )
                     p = gl.convert_layout(x, p_layout)
                     dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
                     release(q, done, STAGES)
@@ -118,7 +128,7 @@ def consumer(
 def dkdv_kernel(
     q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    pairs, counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -134,11 +144,11 @@ def dkdv_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
     gl.warp_specialize(
         [
-            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
+            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do,
                         queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
-            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, k, v, q, do,
+            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do,
                         queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
-            (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
+            (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tickets,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),
         ],
         [4, 1],

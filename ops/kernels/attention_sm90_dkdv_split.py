@@ -6,9 +6,11 @@ and dk += ds q: four matrix products, with f'(s) handed over in shared memory. A
 """
 
 from hstu_compile.ops.kernels.attention_sm90_dkdv import pointwise
+from hstu_compile.ops.kernels.attention_sm90_pairs import lists_of, load_bias
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
     barriers,
+    meets_any,
     output_tile,
     producer,
     release,
@@ -16,17 +18,17 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ring,
     streamed_row,
     wait_full,
+    whole_tiles,
 )
 from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
 from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 
 
 @gluon.jit
 def dv_consumer(
-    dv_out, row_stride, half_alpha, factor, batch, k, q, do, grads, grad_bars, queue, tiles_per_seq,
+    dv_out, row_stride, half_alpha, factor, batch, pairs, k, q, do, grads, grad_bars, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.tiles.dtype
@@ -40,35 +42,40 @@ def dv_consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, ROWS, COLS, True)
+        sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, ROWS, COLS, True)
+        lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
-        if key0 < sequence.length:
-            whole = whole_columns(key0, ROWS, mask, FAMILY, True)
+        if meets_any(key0, sequence, spans, lists):
+            whole = whole_tiles(key0, mask, pairs, FAMILY, True)
             tiles = num_tiles(spans)
             zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
             mbarrier.wait(k.full.index(0), visited & 1)
             visited += 1
-            query0 = streamed_row(0, tiles, spans, COLS, True)
+            query0, ones = streamed_row(0, tiles, spans, lists, COLS, True)
             q_tile = wait_full(q, done, STAGES)
             s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
             s = warpgroup_mma_wait(0, deps=(s,))
             release(q, done, STAGES)
-            p, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
+            p, g = pointwise(s, half_alpha, bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype)
             mbarrier.wait(grad_empty.index(0), (done & 1) ^ 1)
             grads.store(g)
             mbarrier.arrive(grad_full.index(0), count=1)
             p = gl.convert_layout(p, p_layout)
             for t in range(1, tiles):
-                query0 = streamed_row(t, tiles, spans, COLS, True)
+                query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
                 # do of the tile before first: the load that takes its place has the longest time.
                 dv = warpgroup_mma(p, wait_full(do, done, STAGES), dv, is_async=True)
                 q_tile = wait_full(q, done + 1, STAGES)
                 s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                next_bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                 dv, p = warpgroup_mma_wait(1, deps=(dv, p))
                 release(do, done, STAGES)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 release(q, done + 1, STAGES)
-                x, g = pointwise(s, half_alpha, key0, query0, whole, sequence.z, batch, FAMILY, dtype)
+                x, g = pointwise(
+                    s, half_alpha, next_bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype
+                )
                 mbarrier.wait(grad_empty.index(0), ((done + 1) & 1) ^ 1)
                 grads.store(g)
                 mbarrier.arrive(grad_full.index(0), count=1)
@@ -85,7 +92,7 @@ def dv_consumer(
 
 @gluon.jit
 def dk_consumer(
-    dk_out, row_stride, factor, batch, k, v, q, do, grads, grad_bars, queue, tiles_per_seq,
+    dk_out, row_stride, factor, batch, pairs, k, v, q, do, grads, grad_bars, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.tiles.dtype
@@ -99,9 +106,10 @@ def dk_consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, ROWS, COLS, True)
+        sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, ROWS, COLS, True)
+        lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
-        if key0 < sequence.length:
+        if meets_any(key0, sequence, spans, lists):
             tiles = num_tiles(spans)
             zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
             mbarrier.wait(k.full.index(0), visited & 1)
@@ -138,7 +146,7 @@ def dk_consumer(
 def dkdv_split_kernel(
     q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    pairs, counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -157,11 +165,11 @@ def dkdv_split_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
     gl.warp_specialize(
         [
-            (dv_consumer, (dv_out, dv_stride, half_alpha, dv_factor, batch, k, q, do, grads, grad_bars, queue,
+            (dv_consumer, (dv_out, dv_stride, half_alpha, dv_factor, batch, pairs, k, q, do, grads, grad_bars, queue,
                            tiles_per_seq, FAMILY, V_DIM, D, COLS, STAGES)),
-            (dk_consumer, (dk_out, dk_stride, dk_factor, batch, k, v, q, do, grads, grad_bars, queue,
+            (dk_consumer, (dk_out, dk_stride, dk_factor, batch, pairs, k, v, q, do, grads, grad_bars, queue,
                            tiles_per_seq, FAMILY, K_DIM, D, COLS, STAGES)),
-            (producer, (k_desc, v_desc, q_desc, do_desc, batch, k, v, q, do, queue, tickets,
+            (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tickets,
                         FAMILY, COLS, STAGES, STAGES, 1, True, True)),
         ],
         [4, 1],

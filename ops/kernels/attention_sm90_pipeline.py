@@ -8,9 +8,11 @@ halves move in step.)
 
 from typing import Any, NamedTuple
 
+from hstu_compile.ops.kernels.attention_sm90_pairs import lists_of, occupied_spans
 from hstu_compile.ops.kernels.attention_sm90_schedule import draw, hand_over
 from hstu_compile.ops.kernels.attention_sm90_tiles import load_tile, mask_of, matrix, pinned, sequence_of
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier
+from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import (
     first_tile,
     key_spans,
@@ -105,12 +107,26 @@ def streamed_spans(row0, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, mask, FAMIL
 
 
 @gluon.jit
-def streamed_row(t, tiles, spans, COLS: gl.constexpr, KEYS: gl.constexpr):
-    """First row of the t-th streamed tile, from the masked diagonal outwards."""
-    if KEYS:
-        return nth_tile(t, spans) * COLS
+def meets_any(row0, sequence, spans, lists):
+    """Whether an output tile streams any tile."""
+    if lists is not None:
+        return num_tiles(spans) > 0
     else:
-        return nth_tile(tiles - 1 - t, spans) * COLS
+        return row0 < sequence.length
+
+
+@gluon.jit
+def streamed_row(t, tiles, spans, lists, COLS: gl.constexpr, KEYS: gl.constexpr):
+    """First row of the t-th streamed tile, from the masked diagonal outwards; whether the mask tensor is all 1 there."""
+    if KEYS:
+        tile = nth_tile(t, spans)
+    else:
+        tile = nth_tile(tiles - 1 - t, spans)
+    if lists is not None:
+        entry = gl.load(lists.visits + tile)
+        return entry // 2 * COLS, entry % 2 == 1
+    else:
+        return tile * COLS, True
 
 
 @gluon.jit
@@ -124,18 +140,20 @@ def tiles_before(tiles, spans, own, KEYS: gl.constexpr):
 
 @gluon.jit
 def output_tile(
-    tile, tiles_per_seq, batch, FAMILY: gl.constexpr, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr
-):
-    """Sequence, mask, first row and streamed tiles of an output tile of NUM_ROWS."""
+    tile, tiles_per_seq, batch, pairs,
+    FAMILY: gl.constexpr, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    """Sequence, mask, first row and streamed tiles of an output tile of NUM_ROWS: see `occupied_spans`."""
     sequence = sequence_of(tile // tiles_per_seq, batch)
     mask = mask_of(sequence.z, batch)
     row0 = tile % tiles_per_seq * NUM_ROWS
-    return sequence, mask, row0, streamed_spans(row0, NUM_ROWS, COLS, mask, FAMILY, KEYS)
+    lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
+    return sequence, mask, row0, occupied_spans(streamed_spans(row0, NUM_ROWS, COLS, mask, FAMILY, KEYS), lists)
 
 
 @gluon.jit
 def producer(
-    a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
+    a_desc, da_desc, b_desc, c_desc, batch, pairs, a, da, b, c, queue, tickets,
     FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     TILES: gl.constexpr, TWO: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
@@ -146,13 +164,14 @@ def producer(
     tile = -2  # none yet
     while tile != -1:
         sequence, mask, row0, spans = output_tile(
-            gl.maximum(tile, 0), tickets.tiles_per_seq, batch, FAMILY, TILES * ROWS, COLS, KEYS
+            gl.maximum(tile, 0), tickets.tiles_per_seq, batch, pairs, FAMILY, TILES * ROWS, COLS, KEYS
         )
+        lists = lists_of(pairs, gl.maximum(tile, 0), tickets.tiles_per_seq, batch, COLS)
         tiles = 0
         if tile >= 0:
             hand_over(tile, number, queue)
             number += 1
-            if row0 < sequence.length:
+            if meets_any(row0, sequence, spans, lists):
                 tiles = num_tiles(spans)
                 for w in gl.static_range(TILES):
                     mbarrier.wait(a.empty.index(w), (visited & 1) ^ 1)
@@ -163,7 +182,7 @@ def producer(
         upcoming = tile
         for t in range(0, gl.maximum(tiles, 1)):
             if t < tiles:
-                col0 = streamed_row(t, tiles, spans, COLS, KEYS)
+                col0, _ = streamed_row(t, tiles, spans, lists, COLS, KEYS)
                 slot = filled % B_STAGES
                 wait_empty(b, filled, B_STAGES)
                 load_tile(b_desc, sequence, col0, b.full.index(slot), b.tiles.index(slot), True)
@@ -178,13 +197,22 @@ def producer(
 
 
 @gluon.jit
-def own_tiles(row0, sequence, mask, tiles, spans, FAMILY: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr):
+def own_tiles(row0, mask, tiles, spans, lists, FAMILY: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr):
     """The first of an output tile's streamed tiles that a consumer with ROWS rows from row0 needs."""
-    own = streamed_spans(row0, ROWS, COLS, mask, FAMILY, KEYS)
+    own = occupied_spans(streamed_spans(row0, ROWS, COLS, mask, FAMILY, KEYS), lists)
     first = tiles
     if num_tiles(own) > 0:
         first = tiles_before(tiles, spans, own, KEYS)
     return first
+
+
+@gluon.jit
+def whole_tiles(row0, mask, pairs, FAMILY: gl.constexpr, KEYS: gl.constexpr):
+    """Streamed rows [low, high) that every resident row of a consumer meets, and of which all pairs may be looked at."""
+    low, high = whole_columns(row0, ROWS, mask, FAMILY, KEYS)
+    if pairs.bias is not None or pairs.mask is not None:
+        high = gl.minimum(high, mask.length)  # what these hold beyond may be NaN
+    return low, high
 
 
 @gluon.jit

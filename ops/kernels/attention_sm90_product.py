@@ -8,10 +8,12 @@ Each program owns its output rows, so there are no atomics on results. P stays i
 second product. Tiles come as attention_sm90_pipeline says.
 """
 
+from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, lists_of, load_bias, load_weight, weighted
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
     barriers,
     loaded,
+    meets_any,
     operand,
     output_tile,
     own_tiles,
@@ -22,30 +24,33 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     skip,
     streamed_row,
     wait_full,
+    whole_tiles,
 )
 from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, queue_of, take_over
 from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu, silu_and_grad
 
 
 @gluon.jit
-def pointwise(s, half_alpha, row0, col0, whole, z, batch, FAMILY: gl.constexpr, GRAD: gl.constexpr):
-    """silu(alpha * s), or its derivative; 0 where the mask is dead."""
+def pointwise(
+    s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY: gl.constexpr, GRAD: gl.constexpr
+):
+    """silu(alpha * s + bias), or its derivative, times the mask tensor; 0 where the mask is dead."""
     if GRAD:
-        x = silu_and_grad(s * half_alpha, True)[1]
+        x = silu_and_grad(half_argument(s, half_alpha, bias), True)[1]
     else:
-        x = silu(s * half_alpha, True)
-    if (col0 < whole[0]) | (col0 + s.shape[1] > whole[1]):
-        x = gl.where(live_tile(x, row0, col0, z, batch, FAMILY, False), x, 0.0)
+        x = silu(half_argument(s, half_alpha, bias), True)
+    if (col0 < whole[0]) | (col0 + s.shape[1] > whole[1]) | (not ones):
+        x = weighted(x, load_weight(pairs, x, row0, col0, sequence, batch, False))
+        x = gl.where(live_tile(x, row0, col0, sequence.z, batch, FAMILY, False), x, 0.0)
     return x
 
 
 @gluon.jit
 def consumer(
-    out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
+    out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
     B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr,
     IN_REGISTERS: gl.constexpr, W: gl.constexpr,
@@ -61,40 +66,42 @@ def consumer(
     tile = take_over(number, queue)
     while tile >= 0:
         number += 1
-        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, FAMILY, 2 * ROWS, COLS, False)
+        sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, 2 * ROWS, COLS, False)
+        lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         row0 = tile_row0 + W * ROWS
         acc = gl.zeros((ROWS, D), dtype=gl.float32, layout=o_layout)
-        if tile_row0 < sequence.length:
+        if meets_any(tile_row0, sequence, spans, lists):
             mbarrier.wait(a.full.index(W), visited & 1)
             visited += 1
             tiles = num_tiles(spans)
-            first = own_tiles(row0, sequence, mask, tiles, spans, FAMILY, COLS, False)
+            first = own_tiles(row0, mask, tiles, spans, lists, FAMILY, COLS, False)
             done = skip(b, c, done, first, B_STAGES, C_STAGES)
             if first < tiles:
-                whole = whole_columns(row0, ROWS, mask, FAMILY, False)
+                whole = whole_tiles(row0, mask, pairs, FAMILY, False)
                 zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
                 # First tile: nothing to overlap with yet.
-                col0 = streamed_row(first, tiles, spans, COLS, False)
+                col0, ones = streamed_row(first, tiles, spans, lists, COLS, False)
                 b_tile = wait_full(b, done, B_STAGES)
                 a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
                 a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
                 s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
                 if GRAD:
                     c_tile = wait_full(c, done, C_STAGES)
                     dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s,))
-                    g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
+                    g = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
                     release(c, done, C_STAGES)
                     p = gl.convert_layout((g * dp).to(dtype), p_layout)
                 else:
                     s = warpgroup_mma_wait(0, deps=(s,))
                     release(b, done, B_STAGES)
-                    p = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
+                    p = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
                     p = gl.convert_layout(p.to(dtype), p_layout)
                 # Steady state: a tile's product under the scores of the next.
                 for t in range(first + 1, tiles):
-                    col0 = streamed_row(t, tiles, spans, COLS, False)
+                    col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
                     a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
                     if GRAD:
                         # b of the tile before first: the load that takes its place has the longest time.
@@ -103,10 +110,13 @@ def consumer(
                         s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                         c_next = wait_full(c, done + 1, C_STAGES)
                         dp = warpgroup_mma(resident(da, W), c_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+                        next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
                         acc, p = warpgroup_mma_wait(2, deps=(acc, p))
                         release(b, done, B_STAGES)
                         s = warpgroup_mma_wait(1, deps=(s,))
-                        g = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
+                        g = pointwise(
+                            s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD
+                        )
                         dp = warpgroup_mma_wait(0, deps=(dp,))
                         release(c, done + 1, C_STAGES)
                         p = gl.convert_layout((g * dp).to(dtype), p_layout)
@@ -114,9 +124,12 @@ def consumer(
                         b_next = wait_full(b, done + 1, B_STAGES)
                         s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                         acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
+                        next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         release(b, done + 1, B_STAGES)
-                        r = pointwise(s, half_alpha, row0, col0, whole, sequence.z, batch, FAMILY, GRAD)
+                        r = pointwise(
+                            s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD
+                        )
                         r = gl.convert_layout(r.to(dtype), p_layout)
                         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                         release(c, done, C_STAGES)
@@ -143,7 +156,7 @@ def consumer(
 def product_kernel(
     a_desc, da_desc, b_desc, c_desc, out, row_stride, half_alpha, factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
+    pairs, counter, num_sequences, group, tiles_per_seq, num_tickets, FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -163,11 +176,11 @@ def product_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
     gl.warp_specialize(
         [
-            (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
+            (consumer, (out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 0)),
-            (consumer, (out, row_stride, half_alpha, factor, batch, a, da, b, c, queue, tiles_per_seq,
+            (consumer, (out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 1)),
-            (producer, (a_desc, da_desc, b_desc, c_desc, batch, a, da, b, c, queue, tickets,
+            (producer, (a_desc, da_desc, b_desc, c_desc, batch, pairs, a, da, b, c, queue, tickets,
                         FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, False)),
         ],
         [4, 1],

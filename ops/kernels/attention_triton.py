@@ -68,12 +68,7 @@ def backward(
         call.product(call.tiles.dq, dk, call.alpha * call.scale, by_keys=True, x=k, y=q, dx=v, dy=dout)
     else:
         call.dk_dv(call.tiles.dk_dv, dout, dk, dv)
-    attn_bias = arguments["attn_bias"]
-    if not needs_bias_grad or attn_bias is None:
-        return dq, dk, dv, None
-    dbias = torch.empty(attn_bias.shape, dtype=attn_bias.dtype, device=q.device)
-    call.dbias(call.tiles.dbias, dout, dbias)
-    return dq, dk, dv, dbias
+    return dq, dk, dv, call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
 
 
 class Call:
@@ -109,6 +104,7 @@ class Call:
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
         self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
+        self.attn_bias = attn_bias
         self.lists: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
         self.sequences = {
@@ -139,10 +135,7 @@ class Call:
     def cells(self, t: Tensor) -> Cells:
         if t.dtype == torch.bool:
             t = t.view(torch.uint8)
-        elif t.dtype == torch.float64:  # tiles are made for at most four bytes a cell
-            t = t.float()
-        strides = t.expand(self.num_sequences, self.num_heads, *t.shape[-2:]).stride()
-        return Cells(t, *strides, constant(16 if self.max_seq_len % 16 == 0 else 1))
+        return cells_of(t, self.num_sequences, self.num_heads)
 
     def occupied(self, rows: int, cols: int, *, by_keys: bool) -> dict[str, Any]:
         """Lists of the mask tensor's occupied tiles, made once: a line for `rows` queries each, or for `cols` keys."""
@@ -211,12 +204,15 @@ class Call:
             COLS=tile.cols,
         )
 
-    def dbias(self, tile: Tile, dout: Tensor, dbias: Tensor) -> None:
-        """One program for every tile of the bias, which streams the sequences and heads that share it."""
+    def dbias(self, tile: Tile, dout: Tensor) -> Tensor | None:
+        """One program for every tile of the bias, if any, which streams the sequences and heads that share it."""
+        if self.attn_bias is None:
+            return None
+        dbias = torch.empty(self.attn_bias.shape, dtype=self.attn_bias.dtype, device=self.q.device)
         batches, heads, N, _ = dbias.shape
         programs = batches * heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
         if programs == 0:
-            return
+            return dbias
         counts = torch.empty(programs, dtype=torch.int32, device=dbias.device)
         sharers = counts.new_empty(programs, self.num_sequences // batches * (self.num_heads // heads))
         lists = {"sharers_ptr": sharers, "counts_ptr": counts, "num_sequences": self.num_sequences}
@@ -236,6 +232,7 @@ class Call:
             scale=self.scale,
             CHUNK=CHUNK,
         )
+        return dbias
 
 
 def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: Any) -> None:
@@ -248,6 +245,14 @@ def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: An
 def rows_of(t: Tensor) -> Rows:
     *batch_stride, row_stride, head_stride, _ = t.stride()
     return Rows(t, batch_stride[0] if batch_stride else 0, row_stride, head_stride, *widths(t.shape[-1]))
+
+
+def cells_of(t: Tensor, num_sequences: int, num_heads: int) -> Cells:
+    """[B|1, H|1, N, N] as the kernels take it: at most four bytes a cell."""
+    if t.element_size() > 4:
+        t = t.float()
+    strides = t.expand(num_sequences, num_heads, *t.shape[-2:]).stride()
+    return Cells(t, *strides, constant(16 if t.shape[-1] % 16 == 0 else 1))
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: True is not 1
