@@ -7,6 +7,7 @@ one ring holds the operands of both. The tile's bias stays in shared memory; the
 
 from typing import Any, NamedTuple
 
+from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, load_cells, weighted
 from hstu_compile.ops.kernels.attention_sm90_pipeline import ROWS, barriers, release, ring, wait_empty
 from hstu_compile.ops.kernels.attention_sm90_schedule import hand_over, queue_of, take_over
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
@@ -20,7 +21,7 @@ from hstu_compile.ops.kernels.attention_sm90_tiles import (
     row_layout,
     sequence_of,
 )
-from hstu_compile.ops.kernels.attention_tiles import load_cells, store_cells, weighted
+from hstu_compile.ops.kernels.attention_tiles import store_cells
 from hstu_compile.ops.kernels.attention_triton_dbias import SHARING, bias_tile
 from hstu_compile.ops.kernels.gluon_compat import (
     async_load,
@@ -174,7 +175,7 @@ def consumer(
             slot = biases % BIAS_STAGES
             mbarrier.wait(bias.full.index(slot), (biases // BIAS_STAGES) & 1)
             cells = bias.tiles.index(slot).reshape([2 * ROWS, COLS]).slice(W * ROWS, ROWS, dim=0)
-            grad = silu_grad(s, half_alpha, cells, PARTS)
+            grad = silu_and_grad(half_argument(s, half_alpha, cells.load(layout)), True)[1]
             if i == count - 1:
                 mbarrier.arrive(bias.empty.index(slot), count=1)
             dp = zero
@@ -186,7 +187,8 @@ def consumer(
             ds = grad * dp
             if not whole:
                 if mask is not None:
-                    ds = times_mask(ds, mask, sequence, row0, col0, PARTS)
+                    weight = load_cells(mask, ds, pinned(row0), pinned(col0), sequence, batch.N, False)
+                    ds = weighted(ds, weight)
                 ds = gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
             sums += ds
         if count > 0:
