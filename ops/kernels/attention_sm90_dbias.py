@@ -135,9 +135,21 @@ def multiply(operands, n, acc, use_acc: gl.constexpr, STAGES: gl.constexpr, W: g
 
 
 @gluon.jit
-def release_chunks(operands, first, COUNT: gl.constexpr, STAGES: gl.constexpr):
-    for c in gl.static_range(COUNT):
-        release(operands.left, first + c, STAGES)
+def start(operands, first, zero, CHUNKS: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr):
+    """left rightT of CHUNKS stages, the last of which is still on its way."""
+    acc = multiply(operands, first, zero, False, STAGES, W)
+    for c in gl.static_range(1, CHUNKS):
+        acc = multiply(operands, first + c, acc, True, STAGES, W)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        release(operands.left, first + c - 1, STAGES)
+    return acc
+
+
+@gluon.jit
+def finish(operands, end, acc, STAGES: gl.constexpr):
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    release(operands.left, end - 1, STAGES)
+    return acc
 
 
 @gluon.jit
@@ -161,36 +173,31 @@ def consumer(
         row0 += W * ROWS
         sums = zero
         for i in range(0, count):
-            s = zero
-            for c in gl.static_range(K_CHUNKS):
-                s = multiply(operands, done + c, s, c > 0, STAGES, W)
+            s = start(operands, done, zero, K_CHUNKS, STAGES, W)
             sequence = sequence_of(entry // 2, batch)
             m = mask_of(sequence.z, batch)
             whole = (entry % 2 == 1) & all_cells_live(row0, col0, ROWS, COLS, m, FAMILY)
             whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)  # beyond, the bias may be NaN
             entry = gl.load(line + gl.minimum(i + 1, count - 1))
-            s = warpgroup_mma_wait(0, deps=(s,))
-            release_chunks(operands, done, K_CHUNKS, STAGES)
             done += K_CHUNKS
+            s = finish(operands, done, s, STAGES)
             slot = biases % BIAS_STAGES
             mbarrier.wait(bias.full.index(slot), (biases // BIAS_STAGES) & 1)
             cells = bias.tiles.index(slot).reshape([2 * ROWS, COLS]).slice(W * ROWS, ROWS, dim=0)
             grad = silu_and_grad(half_argument(s, half_alpha, cells.load(layout)), True)[1]
             if i == count - 1:
                 mbarrier.arrive(bias.empty.index(slot), count=1)
-            dp = zero
-            for c in gl.static_range(V_CHUNKS):
-                dp = multiply(operands, done + c, dp, c > 0, STAGES, W)
-            dp = warpgroup_mma_wait(0, deps=(dp,))
-            release_chunks(operands, done, V_CHUNKS, STAGES)
+            dp = start(operands, done, zero, V_CHUNKS, STAGES, W)
             done += V_CHUNKS
-            ds = grad * dp
-            if not whole:
+            dp = finish(operands, done, dp, STAGES)
+            if whole:
+                sums += grad * dp
+            else:
+                ds = grad * dp
                 if mask is not None:
                     weight = load_cells(mask, ds, pinned(row0), pinned(col0), sequence, batch.N, False)
                     ds = weighted(ds, weight)
-                ds = gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
-            sums += ds
+                sums += gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
         if count > 0:
             biases += 1
         tile = take_over(number, queue)
