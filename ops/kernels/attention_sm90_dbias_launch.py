@@ -21,6 +21,8 @@ BIAS_BYTES = 4 * TILE * TILE  # two tiles of 16 bits, or one of 32
 def dbias(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
     """The gradient of call["attn_bias"], in its shape and dtype, contiguous; keywords as in `attention_sm90.forward`."""
     out = portable.empty_bias_grad(call["attn_bias"])
+    if q.numel() == 0 or sm90.num_sequences(q, call) == 0:
+        return out.zero_().to(call["attn_bias"].dtype)
     if out.numel():
         with torch.cuda.device_of(q):
             dbias_launch(dout, q, k, v, out, sm90.processors(q.device), **call)()
