@@ -38,8 +38,8 @@ def pointwise(
         x = x.to(DTYPE)
     else:  # not a mask over x and g: in a branch of their own they share their registers
         live = live_tile(s, key0, query0, sequence.z, batch, FAMILY, True)
-        weight = load_weight(pairs, s, key0, query0, sequence, batch, True)
         x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
+        weight = load_weight(pairs, s, key0, query0, sequence, batch, True)
         x = gl.where(live, weighted(x, weight), 0.0).to(DTYPE)
         g = gl.where(live, weighted(g, weight), 0.0)
     return x, g

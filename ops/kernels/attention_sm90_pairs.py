@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from hstu_compile.ops.kernels.attention_sm90_tiles import pinned
 from hstu_compile.ops.kernels.attention_tiles import occupied
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon
 
@@ -85,21 +86,19 @@ def read_cells(cells, z, head, first, second0, second, length, N, KEYS_FIRST: tl
 
 
 @gluon.jit
-def load_cells(cells, like, row0, col0, sequence, N, KEYS_FIRST: gl.constexpr):
+def load_cells(cells, like, row0, col0, z, sequence, N, KEYS_FIRST: gl.constexpr):
     """A tile like `like`, queries x keys (KEYS_FIRST: keys x queries), that starts at (row0, col0): see `read_cells`."""
     layout: gl.constexpr = like.type.layout
     first = row0 + gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, layout))
     second = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, layout))
-    return read_cells(
-        cells, sequence.z, sequence.head, first[:, None], col0, second[None, :], sequence.length, N, KEYS_FIRST
-    )
+    return read_cells(cells, z, sequence.head, first[:, None], col0, second[None, :], sequence.length, N, KEYS_FIRST)
 
 
 @gluon.jit
 def load_bias(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
     """The tile's bias, if there is one."""
     if pairs.bias is not None:
-        return load_cells(pairs.bias, like, row0, col0, sequence, batch.N, KEYS_FIRST)
+        return load_cells(pairs.bias, like, row0, col0, sequence.z, sequence, batch.N, KEYS_FIRST)
 
 
 @gluon.jit
@@ -115,7 +114,7 @@ def half_argument(s, half_alpha, bias):
 def load_weight(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
     """The tile's mask tensor, if there is one."""
     if pairs.mask is not None:
-        return load_cells(pairs.mask, like, row0, col0, sequence, batch.N, KEYS_FIRST)
+        return load_cells(pairs.mask, like, pinned(row0), col0, pinned(sequence.z), sequence, batch.N, KEYS_FIRST)
 
 
 @gluon.jit
