@@ -69,7 +69,7 @@ def test_compiles(
     waits = kernel.asm["ptx"].count("wgmma.wait_group")
     assert compile_only.sass(kernel).count("WARPGROUP.DEPBAR") <= waits, "ptxas waits for every wgmma"
     if triton.__version__.startswith("3.6."):  # what it takes of registers, each release decides anew
-        assert resources.spilled <= (0 if mask_dtype is None else 48)  # addresses, once a tile
+        assert resources.spilled <= (0 if mask_dtype is None else 64)  # addresses, once a tile
 
 
 def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def check(
     bias: torch.Tensor | None = None,
     attn_mask: torch.Tensor | None = None,
 ) -> None:
-    """Within the budget of float64, from inputs and memory full of NaN where nothing may be read, the same bits twice."""
+    """Within the budget, from inputs and memory full of NaN where nothing may be read; the same bits twice."""
     (q, k, v, dout), where = slices(layout, dtype, *dims)
     if bias is None:
         bias = torch.randn(B, 1, N, N, device="cuda").to(dtype)

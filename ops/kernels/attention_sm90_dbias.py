@@ -1,13 +1,14 @@
 """The gradient of the attention bias on Hopper: warp-specialised and persistent. Deterministic, no atomics on results.
 
 A program draws tiles of dbias and streams the sequences and heads that share one (attention_triton_dbias.py lists them)
-past its sums. Both products of such a step, s = q kT and dp = do vT, take CHUNK columns of the head dim a stage, so that
-one ring holds the operands of both. The tile's bias stays in shared memory; the next tile's comes in meanwhile.
+past its sums. Both products of such a step, s = q kT and dp = do vT, take CHUNK columns of the head dim a stage: one
+ring serves both. They follow each other, since silu' in between needs the registers of dp; one consumer's silu'
+hides under the other's products. The bias stays in shared memory for all steps of its tile.
 """
 
 from typing import Any, NamedTuple
 
-from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, load_cells, weighted
+from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, load_weight, weighted
 from hstu_compile.ops.kernels.attention_sm90_pipeline import ROWS, barriers, release, ring, wait_empty
 from hstu_compile.ops.kernels.attention_sm90_schedule import hand_over, queue_of, take_over
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
@@ -17,7 +18,6 @@ from hstu_compile.ops.kernels.attention_sm90_tiles import (
     load_tile,
     mask_of,
     matrix,
-    pinned,
     row_layout,
     sequence_of,
 )
@@ -154,7 +154,7 @@ def finish(operands, end, acc, STAGES: gl.constexpr):
 
 @gluon.jit
 def consumer(
-    dbias, half_alpha, scale, batch, mask, sharing, operands, bias, queue, FAMILY: gl.constexpr,
+    dbias, half_alpha, scale, batch, pairs, sharing, operands, bias, queue, FAMILY: gl.constexpr,
     K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr, COLS: gl.constexpr,
     STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -194,9 +194,7 @@ def consumer(
                 sums += grad * dp
             else:
                 ds = grad * dp
-                if mask is not None:
-                    weight = load_cells(mask, ds, pinned(row0), pinned(col0), sequence, batch.N, False)
-                    ds = weighted(ds, weight)
+                ds = weighted(ds, load_weight(pairs, ds, row0, col0, sequence, batch, False))
                 sums += gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
         if count > 0:
             biases += 1
@@ -210,7 +208,7 @@ def consumer(
 
 @gluon.jit(do_not_specialize=[*RUNTIME, *SHARING, "most", "num_tiles"])
 def dbias_kernel(
-    q_desc, k_desc, do_desc, v_desc, bias_desc, dbias, mask, half_alpha, scale,
+    q_desc, k_desc, do_desc, v_desc, bias_desc, dbias, pairs, half_alpha, scale,
     sharers, counts, most, counter, num_tiles, num_sequences, bias_batches, bias_heads,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     FAMILY: gl.constexpr, K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr, CHUNK: gl.constexpr, COLS: gl.constexpr,
@@ -229,9 +227,9 @@ def dbias_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
     gl.warp_specialize(
         [
-            (consumer, (dbias, half_alpha, scale, batch, mask, sharing, operands, bias, queue,
+            (consumer, (dbias, half_alpha, scale, batch, pairs, sharing, operands, bias, queue,
                         FAMILY, K_CHUNKS, V_CHUNKS, COLS, STAGES, BIAS_STAGES, 0)),
-            (consumer, (dbias, half_alpha, scale, batch, mask, sharing, operands, bias, queue,
+            (consumer, (dbias, half_alpha, scale, batch, pairs, sharing, operands, bias, queue,
                         FAMILY, K_CHUNKS, V_CHUNKS, COLS, STAGES, BIAS_STAGES, 1)),
             (producer, (q_desc, k_desc, do_desc, v_desc, bias_desc, batch, sharing, operands, bias, queue, counter,
                         K_CHUNKS, V_CHUNKS, CHUNK, COLS, STAGES, BIAS_STAGES)),

@@ -19,7 +19,7 @@ BIAS_BYTES = 4 * TILE * TILE  # two tiles of 16 bits, or one of 32
 
 
 def dbias(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
-    """The gradient of call["attn_bias"], in its shape and dtype, contiguous; keywords as in `attention_sm90.forward`."""
+    """The gradient of call["attn_bias"], in its shape and dtype, contiguous; keywords as in attention_sm90.forward."""
     out = portable.empty_bias_grad(call["attn_bias"])
     if q.numel() == 0 or sm90.num_sequences(q, call) == 0:
         return out.zero_().to(call["attn_bias"].dtype)
@@ -37,9 +37,23 @@ def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms
     size = num_sequences, num_heads = lists["num_sequences"], q.shape[-2]
     tiles, most = lists["sharers_ptr"].shape
     arguments = (*(sm90.describe(x, TILE, chunk) for x in (q, k, dout, v)), describe_bias(bias))
-    arguments += (portable.cells_of(out, *size), None if mask is None else sm90.cells_of(mask, *size))
-    arguments += (0.5 * call["alpha"], float(call["scale"]), lists["sharers_ptr"], lists["counts_ptr"], most)
-    arguments += (next(sm90.counters(q, 1)), tiles, num_sequences, *out.shape[:2], *sm90.batch_of(q, batch_rows, call))
+    pairs = sm90.kernels().pairs(None, None if mask is None else sm90.cells_of(mask, *size), None)
+    arguments += (
+        portable.cells_of(out, *size),
+        pairs,
+        0.5 * call["alpha"],
+        float(call["scale"]),
+        lists["sharers_ptr"],
+        lists["counts_ptr"],
+    )
+    arguments += (
+        most,
+        next(sm90.counters(q, 1)),
+        tiles,
+        num_sequences,
+        *out.shape[:2],
+        *sm90.batch_of(q, batch_rows, call),
+    )
     constants = {
         "FAMILY": sm90.family_of(call),
         "K_CHUNKS": triton.cdiv(k.shape[-1], chunk),
