@@ -215,6 +215,11 @@ def test_bias(batches: int, heads: int) -> None:
     check(*tensors, {**arguments, **MASKS["targets"], "attn_bias": bias})
 
 
+def test_float64_bias() -> None:
+    *tensors, arguments = inputs("jagged", 16, 16, torch.float32)
+    check(*tensors, {**arguments, "attn_bias": torch.randn(1, H, N, N, device=DEVICE).double()})
+
+
 def test_dbias_in_chunks_of_the_head_dimension(monkeypatch) -> None:
     monkeypatch.setattr(attention_triton, "CHUNK", 16)
     *tensors, arguments = inputs("jagged", 40, 24, torch.float32)

@@ -113,19 +113,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, needs_bias_grad: bool, **call: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and, if asked for, dbias (from the portable kernel), contiguous; keywords as in `forward`."""
+    """dq, dk, dv and, if asked for, dbias, contiguous; keywords as in `forward`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if dq.numel():
         with torch.cuda.device_of(q):
             for launch in backward_launches(dout, q, k, v, dq, dk, dv, processors(q.device), **call):
                 launch()
-    return dq, dk, dv, bias_grad(dout, q, k, v, call) if needs_bias_grad else None
+    if not needs_bias_grad or call["attn_bias"] is None:
+        return dq, dk, dv, None
+    from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
-
-def bias_grad(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor | None:
-    """In the shape of the bias, if there is one."""
-    portable = kernels().portable.Call(q, k, v, **call)
-    return portable.dbias(portable.tiles.dbias, dout if dout.stride(-1) == 1 else dout.contiguous())
+    return dq, dk, dv, dbias(dout, q, k, v, **call)
 
 
 @functools.cache

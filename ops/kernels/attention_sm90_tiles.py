@@ -129,12 +129,12 @@ def mask_of(z, batch):
 
 
 @gluon.jit
-def load_tile(desc, sequence, row, bar, buffer, pred):
-    """Rows row ... of the sequence into `buffer`; `bar` completes when they are there."""
+def load_tile(desc, sequence, row, bar, buffer, pred, col=0):
+    """Rows row ... of the sequence, from column col on, into `buffer`; `bar` completes when they are there."""
     mbarrier.expect(bar, desc.block_type.nbytes, pred=pred)
     end = sequence.start + sequence.length
     from_end = ROW_LIMIT - sequence.length + row
-    async_load(desc, [ROW_LIMIT, end, from_end, sequence.head, 0], bar, buffer, pred=pred)
+    async_load(desc, [ROW_LIMIT, end, from_end, sequence.head, col], bar, buffer, pred=pred)
 
 
 @gluon.jit

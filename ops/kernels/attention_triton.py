@@ -204,35 +204,44 @@ class Call:
             COLS=tile.cols,
         )
 
+    def sharers(self, tile: Tile) -> dict[str, Any]:
+        """Which sequences and heads share each tile of the bias: the lists of `sharers_kernel`."""
+        batches, heads, N, _ = self.attn_bias.shape
+        tiles = batches * heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
+        counts = torch.empty(tiles, dtype=torch.int32, device=self.q.device)
+        sharers = counts.new_empty(tiles, self.num_sequences // batches * (self.num_heads // heads))
+        lists = {"sharers_ptr": sharers, "counts_ptr": counts, "num_sequences": self.num_sequences}
+        lists |= {"bias_batches": batches, "bias_heads": heads, "ROWS": tile.rows, "COLS": tile.cols}
+        occupied = self.occupied(tile.rows, tile.cols, by_keys=False)
+        launch(sharers_kernel, self.q, tiles, tile._replace(num_warps=1), **self.sequences, **lists, **occupied)
+        return lists
+
     def dbias(self, tile: Tile, dout: Tensor) -> Tensor | None:
         """One program for every tile of the bias, if any, which streams the sequences and heads that share it."""
         if self.attn_bias is None:
             return None
-        dbias = torch.empty(self.attn_bias.shape, dtype=self.attn_bias.dtype, device=self.q.device)
-        batches, heads, N, _ = dbias.shape
-        programs = batches * heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
-        if programs == 0:
-            return dbias
-        counts = torch.empty(programs, dtype=torch.int32, device=dbias.device)
-        sharers = counts.new_empty(programs, self.num_sequences // batches * (self.num_heads // heads))
-        lists = {"sharers_ptr": sharers, "counts_ptr": counts, "num_sequences": self.num_sequences}
-        lists |= {"bias_batches": batches, "bias_heads": heads, "ROWS": tile.rows, "COLS": tile.cols}
-        occupied = self.occupied(tile.rows, tile.cols, by_keys=False)
-        launch(sharers_kernel, self.q, programs, tile._replace(num_warps=1), **self.sequences, **lists, **occupied)
-        operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
-        launch(
-            dbias_kernel,
-            self.q,
-            programs,
-            tile,
-            **self.shared,
-            **lists,
-            **{name: rows_of(t) for name, t in operands.items()},
-            dbias_cells=self.cells(dbias),
-            scale=self.scale,
-            CHUNK=CHUNK,
-        )
-        return dbias
+        dbias = empty_bias_grad(self.attn_bias)
+        if dbias.numel():
+            lists = self.sharers(tile)
+            operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
+            launch(
+                dbias_kernel,
+                self.q,
+                lists["counts_ptr"].numel(),
+                tile,
+                **self.shared,
+                **lists,
+                **{name: rows_of(t) for name, t in operands.items()},
+                dbias_cells=self.cells(dbias),
+                scale=self.scale,
+                CHUNK=CHUNK,
+            )
+        return dbias.to(self.attn_bias.dtype)
+
+
+def empty_bias_grad(bias: Tensor) -> Tensor:
+    """Contiguous, of at most four bytes a cell."""
+    return torch.empty(bias.shape, dtype=bias.dtype if bias.element_size() <= 4 else torch.float32, device=bias.device)
 
 
 def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: Any) -> None:

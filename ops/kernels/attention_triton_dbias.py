@@ -25,12 +25,12 @@ SHARING = ["num_sequences", "bias_batches", "bias_heads"]
 
 
 @triton.jit
-def bias_tile(N, num_sequences, num_heads, bias_batches, bias_heads, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's tile of the bias, its matrix (batch, 0, head), and how many sequences and heads share that."""
+def bias_tile(tile, N, num_sequences, num_heads, bias_batches, bias_heads, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile of the bias, its matrix (batch, 0, head), and how many sequences and heads share that."""
     col_tiles = tl.cdiv(N, COLS)
-    col_tile = tl.program_id(0) % col_tiles
-    row_tile = tl.program_id(0) // col_tiles % tl.cdiv(N, ROWS)
-    matrix = tl.program_id(0) // col_tiles // tl.cdiv(N, ROWS)
+    col_tile = tile % col_tiles
+    row_tile = tile // col_tiles % tl.cdiv(N, ROWS)
+    matrix = tile // col_tiles // tl.cdiv(N, ROWS)
     batches = tl.where(bias_batches == 1, num_sequences, 1)
     heads = tl.where(bias_heads == 1, num_heads, 1)
     return row_tile, col_tile, (matrix // bias_heads, 0, matrix % bias_heads), batches, heads
@@ -63,7 +63,7 @@ def sharers_kernel(
     sharers[tile, i] = (batch * num_heads + head) * 2 + w, w = 1 if the mask tensor (if any) is all ones there.
     """
     row_tile, col_tile, matrix, batches, heads = bias_tile(
-        N, num_sequences, num_heads, bias_batches, bias_heads, ROWS, COLS
+        tl.program_id(0), N, num_sequences, num_heads, bias_batches, bias_heads, ROWS, COLS
     )
     sharers_ptr += tl.program_id(0).to(tl.int64) * batches * heads
     count = tl.zeros((), tl.int32)
@@ -133,7 +133,7 @@ def dbias_kernel(
     """
     CHUNKS: tl.constexpr = triton.cdiv(max(q_rows.BLOCK, v_rows.BLOCK), CHUNK)
     row_tile, col_tile, matrix, batches, heads = bias_tile(
-        N, num_sequences, num_heads, bias_batches, bias_heads, ROWS, COLS
+        tl.program_id(0), N, num_sequences, num_heads, bias_batches, bias_heads, ROWS, COLS
     )
     sharers_ptr += tl.program_id(0).to(tl.int64) * batches * heads
     count = tl.load(counts_ptr + tl.program_id(0))
