@@ -9,8 +9,8 @@ hides under the other's products. The bias stays in shared memory for all steps 
 from typing import Any, NamedTuple
 
 from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, load_weight, weighted
-from hstu_compile.ops.kernels.attention_sm90_pipeline import ROWS, barriers, release, ring, wait_empty
-from hstu_compile.ops.kernels.attention_sm90_schedule import hand_over, queue_of, take_over
+from hstu_compile.ops.kernels.attention_sm90_pipeline import ROWS, release, ring, wait_empty
+from hstu_compile.ops.kernels.attention_sm90_schedule import hand_over, take_over, tile_queue, wait_for_room
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
     Batch,
@@ -84,45 +84,45 @@ def load_chunks(
 
 
 @gluon.jit
-def draw(counter, sharing):
-    tile = gl.atomic_add(counter, 1)
-    return gl.where(tile < sharing.num_tiles, tile, -1)
+def scheduler(queue, counter, sharing):
+    number = 0  # of tiles handed over
+    tile = 0
+    while tile != -1:
+        wait_for_room(number, queue)
+        tile = gl.atomic_add(counter, 1)
+        tile = gl.where(tile < sharing.num_tiles, tile, -1)
+        hand_over(tile, number, queue)
+        number += 1
 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, do_desc, v_desc, bias_desc, batch, sharing, operands, bias, queue, counter,
+    q_desc, k_desc, do_desc, v_desc, bias_desc, batch, sharing, operands, bias, queue,
     K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr, CHUNK: gl.constexpr, COLS: gl.constexpr,
     STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
 ):  # fmt: skip
     filled = 0  # stages so far
     biases = 0
     number = 0  # tiles so far
-    tile = draw(counter, sharing)
+    tile = take_over(number, queue)
     while tile >= 0:
-        hand_over(tile, number, queue)
         number += 1
         line, count, entry = line_of(tile, sharing)
         row0, col0, at = locate(tile, sharing, batch, COLS)
-        upcoming = tile
-        for i in range(0, gl.maximum(count, 1)):
-            if i < count:
-                sequence = sequence_of(entry // 2, batch)
-                entry = gl.load(line + gl.minimum(i + 1, count - 1))
-                load_chunks(q_desc, k_desc, sequence, row0, col0, operands, filled, K_CHUNKS, CHUNK, STAGES)
-                filled += K_CHUNKS
-                if i == 0:
-                    wait_empty(bias, biases, BIAS_STAGES)
-                    full = bias.full.index(biases % BIAS_STAGES)
-                    mbarrier.expect(full, bias_desc.block_type.nbytes)
-                    async_load(bias_desc, [at[0], at[2], row0, col0], full, bias.tiles.index(biases % BIAS_STAGES))
-                    biases += 1
-                load_chunks(do_desc, v_desc, sequence, row0, col0, operands, filled, V_CHUNKS, CHUNK, STAGES)
-                filled += V_CHUNKS
-            if i == 0:  # while the consumers have stages in stock
-                upcoming = draw(counter, sharing)
-        tile = upcoming
-    hand_over(-1, number, queue)
+        for i in range(0, count):
+            sequence = sequence_of(entry // 2, batch)
+            entry = gl.load(line + gl.minimum(i + 1, count - 1))
+            load_chunks(q_desc, k_desc, sequence, row0, col0, operands, filled, K_CHUNKS, CHUNK, STAGES)
+            filled += K_CHUNKS
+            if i == 0:
+                wait_empty(bias, biases, BIAS_STAGES)
+                full = bias.full.index(biases % BIAS_STAGES)
+                mbarrier.expect(full, bias_desc.block_type.nbytes)
+                async_load(bias_desc, [at[0], at[2], row0, col0], full, bias.tiles.index(biases % BIAS_STAGES))
+                biases += 1
+            load_chunks(do_desc, v_desc, sequence, row0, col0, operands, filled, V_CHUNKS, CHUNK, STAGES)
+            filled += V_CHUNKS
+        tile = take_over(number, queue)
 
 
 @gluon.jit
@@ -223,17 +223,18 @@ def dbias_kernel(
     right = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     operands = Operands(left, right)
     bias = ring(bias_desc, BIAS_STAGES, 1, 2)
-    queue = queue_of(barriers(2, 1, 2))
-    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 for the producer's.
+    queue = tile_queue(3)  # two consumers, the producer
+    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
             (consumer, (dbias, half_alpha, scale, batch, pairs, sharing, operands, bias, queue,
                         FAMILY, K_CHUNKS, V_CHUNKS, COLS, STAGES, BIAS_STAGES, 0)),
             (consumer, (dbias, half_alpha, scale, batch, pairs, sharing, operands, bias, queue,
                         FAMILY, K_CHUNKS, V_CHUNKS, COLS, STAGES, BIAS_STAGES, 1)),
-            (producer, (q_desc, k_desc, do_desc, v_desc, bias_desc, batch, sharing, operands, bias, queue, counter,
+            (producer, (q_desc, k_desc, do_desc, v_desc, bias_desc, batch, sharing, operands, bias, queue,
                         K_CHUNKS, V_CHUNKS, CHUNK, COLS, STAGES, BIAS_STAGES)),
+            (scheduler, (queue, counter, sharing)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

@@ -26,9 +26,9 @@ class Tickets(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """Hands the numbers of output tiles from the scheduler to all that work on them, two in flight."""
+    """Hands the numbers of output tiles from the scheduler to all that work on them, one at a time."""
 
-    items: Any
+    item: Any
     full: Any
     empty: Any
 
@@ -99,39 +99,46 @@ def draw(tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
 @gluon.jit
 def scheduler(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
     """Draws output tiles ahead of those who work on them; a warp of its own, since a draw takes some 2 us."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     number = 0  # of tiles handed over
     heads = 0  # of the ticket in hand that are left
     tile = 0
-    AHEAD: gl.constexpr = queue.items.shape[0]
     while tile != -1:
-        slot = number % AHEAD
-        mbarrier.wait(queue.empty.index(slot), ((number // AHEAD) & 1) ^ 1)
+        wait_for_room(number, queue)
         if heads > 0:
             tile += tickets.tiles_per_seq
         else:
             tile = draw(tickets, batch, ROWS, KEYS)
             heads = tickets.heads
         heads -= 1
-        queue.items.index(slot).store(gl.full((1,), tile, gl.int32, layout))
-        mbarrier.arrive(queue.full.index(slot), count=1)
+        hand_over(tile, number, queue)
         number += 1
 
 
 @gluon.jit
-def tile_queue(WORKERS: gl.constexpr, AHEAD: gl.constexpr = 1):
+def tile_queue(WORKERS: gl.constexpr):
     """For the scheduler and so many partitions that take every tile."""
-    items = gl.allocate_shared_memory(gl.int32, [AHEAD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full, empty = barriers(AHEAD, 1, WORKERS)
-    return Queue(items, full, empty)
+    item = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full, empty = barriers(1, 1, WORKERS)
+    return Queue(item, full, empty)
+
+
+@gluon.jit
+def wait_for_room(number, queue):
+    """Until all have taken the tile before the number-th."""
+    mbarrier.wait(queue.empty.index(0), (number & 1) ^ 1)
+
+
+@gluon.jit
+def hand_over(tile, number, queue):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    queue.item.store(gl.full((1,), tile, gl.int32, layout))
+    mbarrier.arrive(queue.full.index(0), count=1)
 
 
 @gluon.jit
 def take_over(number, queue):
     """The number-th output tile of this program; -1: there are no more."""
-    AHEAD: gl.constexpr = queue.items.shape[0]
-    slot = number % AHEAD
-    mbarrier.wait(queue.full.index(slot), (number // AHEAD) & 1)
-    tile = gl.max(queue.items.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
-    mbarrier.arrive(queue.empty.index(slot), count=1)
+    mbarrier.wait(queue.full.index(0), number & 1)
+    tile = gl.max(queue.item.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
+    mbarrier.arrive(queue.empty.index(0), count=1)
     return tile
