@@ -124,7 +124,7 @@ def test_c_gets_the_same(recorded, same_addresses, dim: int, mask: dict) -> None
         public = both(tensors, call, None)
         assert len(again) == len(public) == (4 if dim == 64 else 5)
         assert list(map(without_hooks, again)) == list(map(without_hooks, public))
-        assert [len(relaunches) for relaunches in memory.values()] == [2, 2 if dim == 64 else 3]
+    assert [len(relaunches) for relaunches in memory.values()] == [2, 2 if dim == 64 else 3]
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -144,38 +144,38 @@ def test_what_takes_the_public_way(recorded, monkeypatch: pytest.MonkeyPatch) ->
     names = counted(monkeypatch)
     aligned, call = inputs([100, 37], 128)
     both(aligned, call, memory)
-    assert len(names) == 5
     both(aligned, call, memory)
-    assert len(names) == 5, "the second time, no launch is Triton's"
+    assert len(names) == 10
+    both(aligned, call, memory)
+    assert len(names) == 10, "the third time, no launch is Triton's"
     both(*inputs([100, 37], 128, shift=4), memory)
-    assert len(names) == 10, "other kernels may be compiled for unaligned addresses"
+    assert len(names) == 15, "other kernels may be compiled for unaligned addresses"
     both(aligned, {**call, "seq_offsets": torch.tensor([9, 0, 100, 137])[1:]}, memory)
-    assert len(names) == 15
+    assert len(names) == 20, "the offsets are not at an aligned address"
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
     both(aligned, call, memory)
-    assert len(names) == 20, "a profiler wants to hear of launches"
+    assert len(names) == 25, "a profiler wants to hear of launches"
     monkeypatch.undo()
 
 
 def test_one_tensor_in_two_roles_is_not_remembered(recorded) -> None:
     (q, _, v, dout), call = inputs([100, 37], 128)
     memory: dict = {}
-    both([q, q, v, dout], call, memory)
+    for _ in range(3):
+        both([q, q, v, dout], call, memory)
     assert not memory
-    both(*inputs([100, 37], 128), memory)
-    assert len(memory) == 2
 
 
 def test_no_tensor_is_kept(recorded) -> None:
     tensors, call = inputs([100, 37], 128)
     memory: dict = {}
-    both(tensors, call, memory)
-    both(tensors, call, memory)
+    for _ in range(3):
+        both(tensors, call, memory)
     alive = [weakref.ref(t) for t in (*tensors, call["seq_offsets"])]
     del tensors, call
     passed.clear()
     gc.collect()
-    assert len(memory) == 2 and not any(ref() is not None for ref in alive)
+    assert all(memory.values()) and not any(ref() is not None for ref in alive)
 
 
 ARGUMENTS = {"seq_offsets": torch.tensor([0, 5, 8]), "max_seq_len": 5, "alpha": 0.5, "scaling_seq_len": 8.0}
@@ -224,14 +224,16 @@ def test_results_are_those_of_the_public_way(dim: int) -> None:
         for ours, public in zip(*results, strict=True):
             assert torch.equal(ours, public) and not ours.isnan().any()
             assert (ours[sum(lengths) :] == 0).all()
-    assert all(memory.values()) and len(memory) == 2
+    assert len(memory) == 2 and all(memory.values())
 
 
 @on_hopper
 def test_another_stream_and_a_graph() -> None:
     (q, k, v, _), call = inputs([100, 37], 128, 0, "cuda")
     memory: dict = {}
-    want = attention_sm90.forward(q, k, v, memory=memory, **call)
+    for _ in range(3):
+        want = attention_sm90.forward(q, k, v, memory=memory, **call)
+    assert all(memory.values())
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

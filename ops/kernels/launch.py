@@ -54,11 +54,14 @@ class Place(NamedTuple):
     key: Any
 
 
-class Address(int):
-    """As much of a tensor as encoding a descriptor takes."""
+class Base(NamedTuple):
+    """As much of a descriptor's tensor as its encoding asks for."""
+
+    key: int
+    now: threading.local  # holds `pointers`
 
     def data_ptr(self) -> int:
-        return int(self)
+        return self.now.pointers[self.key]
 
 
 class Relaunch:
@@ -74,11 +77,14 @@ class Relaunch:
             raise NotImplementedError("a kernel that takes more than its arguments")
         self.compiled = compiled  # unloads its code when it goes
         self.sizes = launch.sizes
+        self.now = threading.local()
         self.parameters = with_places(launch, tensors, extent)
-        self.bases = [x.base.key for x in self.parameters if is_descriptor(x)]
+        descriptors = [x for x in self.parameters if is_descriptor(x)]
+        self.bases = [x.base.key for x in descriptors]
+        for x in descriptors:
+            x.base = Base(x.base.key, self.now)
         self.in_c = inspect.getclosurevars(launcher.launch).nonlocals["launcher"] if self.bases else launcher.launch
         self.nested = hasattr(launcher, "arg_annotations")  # from 3.7 on the kernel's arguments are one of C's
-        self.heard = threading.local()
         self.before_c = copy.copy(launcher)
         self.before_c.launch = driver.wrap_handle_tensordesc(
             self._hear, compiled.src.signature, getattr(compiled.metadata, "tensordesc_meta", None)
@@ -109,9 +115,10 @@ class Relaunch:
 
     def _encode(self, pointers: list[int]) -> list:
         """The arguments as they go to C, with descriptors for these addresses and places for the rest."""
+        self.now.pointers = pointers
         kernel = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no hooks
-        self.before_c(1, 1, 1, 0, *kernel, *(encodable(x, pointers) for x in self.parameters))
-        arguments = list(self.heard.said[4:])
+        self.before_c(1, 1, 1, 0, *kernel, *self.parameters)
+        arguments = list(self.now.said[4:])
         if self.nested:
             *self.head, arguments = arguments
         if len(self.encoded) >= MAX_KNOWN:
@@ -120,15 +127,11 @@ class Relaunch:
         return arguments
 
     def _hear(self, *said: Any) -> None:
-        self.heard.said = said
+        self.now.said = said
 
 
 def is_descriptor(x: Any) -> bool:
     return hasattr(x, "block_shape")
-
-
-def encodable(x: Any, pointers: list[int]) -> Any:
-    return dataclasses.replace(x, base=Address(pointers[x.base.key])) if is_descriptor(x) else x
 
 
 def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent) -> list:
@@ -153,7 +156,7 @@ def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent
 
 
 def run(
-    memory: dict[Hashable, list[Relaunch]] | None,
+    memory: dict[Hashable, list[Relaunch] | None] | None,
     key: Hashable,
     tensors: Sequence[Tensor | None],
     extent: Extent,
@@ -161,7 +164,7 @@ def run(
 ) -> None:
     """Do the launches, on the device of tensors[0] and the current stream there.
 
-    memory: of launches that were done before under the same key, and differ at most in addresses and the extent.
+    memory: of launches that were done twice before under the same key, and differ at most in addresses and the extent.
     tensors: all that the launches refer to.
     """
     device = tensors[0].device.index
@@ -178,7 +181,11 @@ def run(
         compiled = [launch() for launch in todo]
     given = [id(t) for t in tensors if t is not None]
     distinct = len(set(given)) == len(given)  # of a tensor in two roles nobody knows which one an argument is
-    if again and relaunches is None and None not in compiled and distinct:
+    if not again or relaunches is not None or None in compiled or not distinct:
+        return
+    if key not in memory:  # it may never come again
+        memory[key] = None
+    else:
         try:
             each = zip(todo, compiled, strict=True)
             memory[key] = [Relaunch(*one, tensors, pointers, extent) for one in each]
