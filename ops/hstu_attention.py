@@ -1,5 +1,8 @@
 """`hstu_compile::hstu_attention`: HSTU attention, jagged or dense, with its backward, as a torch.library op."""
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,10 +37,14 @@ SCHEMA = (
     "SymInt min_full_attn_seq_len, bool targets_share_position"
 )
 torch.library.define("hstu_compile::hstu_attention", f"({SCHEMA}) -> Tensor")
+torch.library.define("hstu_compile::hstu_attention_forward", f"({SCHEMA}) -> Tensor")
 torch.library.define(
     "hstu_compile::hstu_attention_backward",
     f"(Tensor dout, {SCHEMA}, bool needs_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+_library = torch.library.Library("hstu_compile", "FRAGMENT")
+
+MAX_KINDS = 256  # of calls that are remembered
 
 
 def hstu_attention(
@@ -113,7 +120,7 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.register_fake("hstu_compile::hstu_attention")
+@torch.library.register_fake("hstu_compile::hstu_attention_forward")
 def _forward_fake(q, k, v, *args):
     check_attention_arguments(q, k, v, **dict(zip(PARAMETERS, args, strict=True)))
     return _output(q, v)
@@ -126,76 +133,107 @@ def _backward_fake(dout, q, k, v, *args):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _kernel(q: Tensor, v: Tensor, named: dict) -> kernel_table.Choice:
-    return kernel_table.choose_attention(
-        q.device,
-        q.dtype,
-        q.shape[-1],
-        v.shape[-1],
-        has_mask=named["attn_mask"] is not None,
-        has_bias=named["attn_bias"] is not None,
-    )
+class _Kind:
+    """Of calls: which kernel runs them, and what that remembers of them."""
+
+    def __init__(self, kernel: kernel_table.Choice) -> None:
+        self.kernel = None if kernel.is_reference else kernel.module()
+        self.memory: dict[Hashable, Any] = {}
+
+
+_kinds: dict[Hashable, _Kind] = {}
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> _Kind:
+    """The kind of a call. Its arguments are checked the first time that one of the kind comes in."""
+    features = _features(q, k, v, args)
+    kind = _kinds.get(features)
+    if kind is None:
+        named = dict(zip(PARAMETERS, args, strict=True))
+        check_attention_arguments(q, k, v, **named)
+        masks = {"has_mask": named["attn_mask"] is not None, "has_bias": named["attn_bias"] is not None}
+        kind = _Kind(kernel_table.choose_attention(q.device, q.dtype, q.shape[-1], v.shape[-1], **masks))
+        if len(_kinds) >= MAX_KINDS:
+            _kinds.clear()
+        _kinds[features] = kind
+    return kind
+
+
+def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
+    """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
+    jagged without mask tensor and bias, but for T, B and N (of which it matters that all arguments agree)."""
+    seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[6]
+    shape = q.shape
+    tokens, batch = shape[:1], 0
+    sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
+    if seq_offsets is not None and attn_mask is None and attn_bias is None:
+        batch = seq_offsets.numel()
+        sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), max_seq_len >= 0)
+    per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]
+    cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:6]]
+    return (
+        sizes, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), shape[1:], k.shape[1:],
+        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[7:],
+    )  # fmt: skip
 
 
 def _for_kernel(named: dict) -> dict:
     scaling_seq_len = named.pop("scaling_seq_len")
-    return {**named, "scale": 1.0 / scaling_seq_len}
+    named["scale"] = 1.0 / scaling_seq_len
+    return named
 
 
-def _with_zero_tail(outputs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> tuple[Tensor, ...]:
-    """The kernels write the rows of sequences; rows beyond the last offset are promised to be 0."""
-    if seq_offsets is not None:
-        from hstu_compile.ops.kernels.zero_tail import zero_tail
-
-        zero_tail(outputs, seq_offsets)
-    return outputs
-
-
-@torch.library.impl("hstu_compile::hstu_attention", ("CPU", "CUDA"))
+@torch.library.impl("hstu_compile::hstu_attention_forward", ("CPU", "CUDA"))
 def _forward(q, k, v, *args):
+    kind = _kind(q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
-    check_attention_arguments(q, k, v, **named)
     if checks_values(q.device):
         check_attention_values(q, **named)
-    kernel = _kernel(q, v, named)
-    if kernel.is_reference:
+    if kind.kernel is None:
         return hstu_attention_reference(q, k, v, **named)
-    out = kernel.module().forward(q, k, v, **_for_kernel(named))
-    return _with_zero_tail((out,), named["seq_offsets"])[0]
+    return kind.kernel.forward(q, k, v, memory=kind.memory, **_for_kernel(named))
 
 
 @torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
 def _backward_impl(dout, q, k, v, *args):
-    named = dict(zip(PARAMETERS, args[:-1], strict=True))
-    needs_bias_grad = args[-1]
-    kernel = _kernel(q, v, named)
-    if kernel.is_reference:
+    args, needs_bias_grad = args[:-1], args[-1]
+    kind = _kind(q, k, v, args)
+    named = dict(zip(PARAMETERS, args, strict=True))
+    if kind.kernel is None:
         grads = hstu_attention_backward_reference(dout, q, k, v, **named, needs_bias_grad=needs_bias_grad)
     else:
-        grads = kernel.module().backward(dout, q, k, v, **_for_kernel(named), needs_bias_grad=needs_bias_grad)
-        _with_zero_tail(grads[:3], named["seq_offsets"])
+        named = _for_kernel(named)
+        grads = kind.kernel.backward(dout, q, k, v, memory=kind.memory, needs_bias_grad=needs_bias_grad, **named)
     dq, dk, dv, dbias = grads
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
-def _setup_context(ctx, inputs, output):
-    tensors, ctx.others = [], []
-    for value in inputs:
-        is_tensor = isinstance(value, Tensor)
-        tensors.extend([value] if is_tensor else [])
-        ctx.others.append(None if is_tensor else (value,))
-    ctx.save_for_backward(*tensors)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        tensors, ctx.others = [], []
+        for value in inputs:
+            is_tensor = isinstance(value, Tensor)
+            tensors.extend([value] if is_tensor else [])
+            ctx.others.append(None if is_tensor else (value,))
+        ctx.save_for_backward(*tensors)
+        return torch.ops.hstu_compile.hstu_attention_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
+        needs_bias_grad = ctx.needs_input_grad[ATTN_BIAS]
+        dq, dk, dv, dbias = torch.ops.hstu_compile.hstu_attention_backward(dout, *inputs, needs_bias_grad)
+        grads = [dq, dk, dv] + [None] * len(PARAMETERS)
+        if needs_bias_grad:
+            grads[ATTN_BIAS] = dbias
+        return tuple(grads)
 
 
-def _backward(ctx, dout):
-    tensors = iter(ctx.saved_tensors)
-    inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
-    needs_bias_grad = ctx.needs_input_grad[ATTN_BIAS]
-    dq, dk, dv, dbias = torch.ops.hstu_compile.hstu_attention_backward(dout, *inputs, needs_bias_grad)
-    grads = [dq, dk, dv] + [None] * len(PARAMETERS)
-    if needs_bias_grad:
-        grads[ATTN_BIAS] = dbias
-    return tuple(grads)
-
-
-torch.library.register_autograd("hstu_compile::hstu_attention", _backward, setup_context=_setup_context)
+# Composite without autograd and a Function with it, so that a compiled graph calls `hstu_attention_forward`, which has
+# no autograd in Python before it (20 us a call).
+_library.impl("hstu_attention", torch.ops.hstu_compile.hstu_attention_forward, "CompositeImplicitAutograd")
+for _key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):  # the alias "Autograd" ranks below a composite
+    _library.impl("hstu_attention", _Attention.apply, _key)

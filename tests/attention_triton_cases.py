@@ -21,6 +21,7 @@ from hstu_compile.ops.attention_mask import attention_mask
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
 from hstu_compile.ops.kernels import attention_triton, mask_occupancy
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, Tiles
+from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_tiles import (
     Family,
     Mask,
@@ -29,7 +30,7 @@ from hstu_compile.ops.kernels.mask_tiles import (
     live_cells,
     query_spans,
 )
-from hstu_compile.ops.kernels.zero_tail import zero_tail
+from hstu_compile.ops.kernels.zero_tail import zero_launch, zero_tail
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -421,3 +422,13 @@ def test_rows_of_no_sequence_become_zero() -> None:
     zero_tail((*results, torch.empty(9, 0, 3, device=DEVICE)), tensor([0, 3, 6]))
     for result in results:
         assert result[:6].isnan().all() and (result[6:] == 0).all()
+
+
+def test_counters_become_zero() -> None:
+    """In the launch that zeros rows, and without rows."""
+    result = torch.full((9, 2, 5), float("nan"), device=DEVICE)
+    for seq_offsets, sequences, count in ((tensor([0, 3, 6]), 2, None), (None, 9, lambda extent: 3000)):
+        counters = torch.full((3001 if count else 4,), 7, dtype=torch.int32, device=DEVICE)
+        zero_launch((result,), seq_offsets, Extent(9, sequences, 5), counters, count)()
+        assert result[:6].isnan().all() and (result[6:] == 0).all()
+        assert counters.tolist() == ([0] * 3000 + [7] if count else [0] * 4)

@@ -53,6 +53,7 @@ def compile_attention(
 
     gpu = divmod(capability, 10), compile_only.SHARED_MEMORY[capability]
     monkeypatch.setattr(attention_triton, "launch", compile_instead)
+    monkeypatch.setattr(attention_triton, "zero_tail", lambda outs, seq_offsets: None)
     monkeypatch.setattr(attention_triton, "capability_and_memory", lambda device: gpu)
     q, v = (torch.empty(16, 2, dim, dtype=dtype) for dim in (attn_dim, hidden_dim))
     sizes = dict.fromkeys(["contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"], 0)

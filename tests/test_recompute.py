@@ -13,7 +13,7 @@ from bench.native_layer import HSTUStack
 from tests.models import MODELS
 from tests.without_codegen import Compiled, inductor_without_codegen
 
-ATTENTION = torch.ops.hstu_compile.hstu_attention.default
+ATTENTION = torch.ops.hstu_compile.hstu_attention_forward.default
 ATTENTION_BACKWARD = torch.ops.hstu_compile.hstu_attention_backward.default
 LAYERNORM, SILU, UVQK = ({f"recompute_{name}": True} for name in ("input_layernorm", "input_silu", "uvqk"))
 BOTH = LAYERNORM | SILU

@@ -80,8 +80,9 @@ def compiled(dim: int, dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, An
     call |= {name: torch.tensor(value) if isinstance(value, list) else value for name, value in mask.items()}
     kernels = {}
     with compile_only.target(90):
-        launches = attention_sm90.forward_launches(x, x, x, out, 132, **call)
-        for launch in launches + attention_sm90.backward_launches(out, x, x, x, out, out, out, 132, **call):
+        scratch, _ = attention_sm90.backward_scratch(x, x, attention_sm90.extent_of(x, call), call)
+        launches = attention_sm90.forward_launches(x, x, x, out, scratch, 132, **call)
+        for launch in launches + attention_sm90.backward_launches(out, x, x, x, out, out, out, scratch, 132, **call):
             name = launch.kernel.__name__ + " GRAD" * launch.constants.get("GRAD", False)
             kernels[name] = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
     return kernels
@@ -130,8 +131,9 @@ def test_changing_sizes_do_not_compile_again() -> None:
         for T, B, length, size in ((1, 1, 1, 1), (16, 16, 16, 16), (37, 3, 17, 5)):
             x = torch.empty(T, H, 64, dtype=torch.bfloat16)
             call = {**NOTHING, "seq_offsets": torch.zeros(B + 1, dtype=torch.int64), "max_seq_len": length}
+            scratch = [attention_sm90.counters(x, 1)]
             call |= {"contextual_seq_len": size, "max_attn_len": size, "target_group_size": size}
-            (launch,) = attention_sm90.forward_launches(x, x, x, x, 132, **call, alpha=1.0 * size, scale=1.0)
+            (launch,) = attention_sm90.forward_launches(x, x, x, x, scratch, 132, **call, alpha=1.0 * size, scale=1.0)
             hashes.add(launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,)).hash)
     assert len(hashes) == 1
 
@@ -252,7 +254,12 @@ def check(monkeypatch: Any, layout: str, mask: str, dtype: torch.dtype, attn_dim
     eager = [out, *torch.autograd.grad(out, leaves, dout.nan_to_num(0.0))]
 
     empty = torch.empty
-    monkeypatch.setattr(attention_sm90.torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
+
+    def poisoned(*args: Any, **keywords: Any) -> torch.Tensor:
+        x = empty(*args, **keywords)
+        return x.fill_(float("nan") if x.is_floating_point() else 77)
+
+    monkeypatch.setattr(attention_sm90.torch, "empty", poisoned)
 
     def run() -> list[torch.Tensor]:
         out = attention_sm90.forward(q, k, v, **call, scale=1 / 300)

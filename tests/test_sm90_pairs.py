@@ -43,8 +43,9 @@ def compiled(
     monkeypatch.setattr(attention_sm90, "kernels", lambda: kernels)
     found = {}
     with compile_only.target(90):
-        launches = attention_sm90.forward_launches(x, x, x, x, 132, **call)
-        for launch in launches + attention_sm90.backward_launches(x, x, x, x, x, x, x, 132, **call):
+        scratch, _ = attention_sm90.backward_scratch(x, x, attention_sm90.extent_of(x, call), call)
+        launches = attention_sm90.forward_launches(x, x, x, x, scratch, 132, **call)
+        for launch in launches + attention_sm90.backward_launches(x, x, x, x, x, x, x, scratch, 132, **call):
             name = launch.kernel.__name__ + " GRAD" * launch.constants.get("GRAD", False)
             found[name] = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
     return found

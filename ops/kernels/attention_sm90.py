@@ -6,17 +6,20 @@ a bias, dq as a product, dk and dv together in a kernel of their own (7).
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.kernels.launch import Extent, Launch, run
+
 MAX_DIM = 256
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
 MAX_COORDINATE = 0x7FFF0000
 ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
+PER_SEQUENCE = ("seq_offsets", "seq_lengths", "num_targets", "num_contextuals")
 MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
 ROWS = 64  # of a consumer
@@ -45,19 +48,6 @@ def unsupported(
     return gluon_compat.PROBLEM
 
 
-class Launch(NamedTuple):
-    """One kernel with everything it is called with."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple
-    constants: dict[str, Any]
-
-    def __call__(self) -> None:
-        if self.programs:
-            self.kernel[(self.programs,)](*self.arguments, **self.constants)
-
-
 class Kernels(NamedTuple):
     compat: ModuleType
     portable: ModuleType
@@ -70,6 +60,7 @@ class Kernels(NamedTuple):
     dkdv: Any
     dkdv_split: Any
     dqdkdv: Any
+    zero_launch: Callable[..., Launch]
 
 
 @functools.cache
@@ -84,6 +75,7 @@ def kernels() -> Kernels:
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
     from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
     from hstu_compile.ops.kernels.mask_tiles import Family
+    from hstu_compile.ops.kernels.zero_tail import zero_launch
 
     return Kernels(
         gluon_compat,
@@ -97,28 +89,50 @@ def kernels() -> Kernels:
         dkdv_kernel,
         dkdv_split_kernel,
         dqdkdv_kernel,
+        zero_launch,
     )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
-    """out, contiguous; keywords as in `hstu_compile.ops.hstu_attention`, with scale = 1 / scaling_seq_len."""
+def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | None = None, **call: Any) -> Tensor:
+    """out, contiguous; keywords as in `hstu_compile.ops.hstu_attention`, with scale = 1 / scaling_seq_len.
+
+    memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
+    """
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     if out.numel():
-        with torch.cuda.device_of(q):
-            for launch in forward_launches(q, k, v, out, processors(q.device), **call):
-                launch()
+        extent = extent_of(q, call)
+        scratch = [counters(q, 1)]
+
+        def launches() -> list[Launch]:
+            zeros = kernels().zero_launch((out,), call["seq_offsets"], extent, scratch[0])
+            return [zeros, *forward_launches(q, k, v, out, scratch, processors(q.device), **call)]
+
+        run(remembered(memory, call), "forward", [q, k, v, out, *scratch, *per_sequence(call)], extent, launches)
     return out
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, needs_bias_grad: bool, **call: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    needs_bias_grad: bool,
+    memory: dict[Hashable, Any] | None = None,
+    **call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, if asked for, dbias, contiguous; keywords as in `forward`."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = grads = tuple([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)])
     if dq.numel():
-        with torch.cuda.device_of(q):
-            for launch in backward_launches(dout, q, k, v, dq, dk, dv, processors(q.device), **call):
-                launch()
+        extent = extent_of(q, call)
+        scratch, num_zeros = backward_scratch(q, v, extent, call)
+
+        def launches() -> list[Launch]:
+            zeros = kernels().zero_launch(grads, call["seq_offsets"], extent, scratch[0], num_zeros)
+            return [zeros, *backward_launches(dout, q, k, v, *grads, scratch, processors(q.device), **call)]
+
+        key = (dout.dtype, dout.shape[1:], dout.stride())
+        run(remembered(memory, call), key, [dout, q, k, v, *grads, *scratch, *per_sequence(call)], extent, launches)
     if not needs_bias_grad or call["attn_bias"] is None:
         return dq, dk, dv, None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
@@ -131,23 +145,34 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_launches(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> list[Launch]:
+def forward_launches(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scratch: list[Tensor], sms: int, **call: Any
+) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
     (q, k, v), batch_rows = loadable(q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 1))
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
     return [product(q, q, k, v, out, float(call["scale"]), run, grad=False)]
 
 
 def backward_launches(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, sms: int, **call: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scratch: list[Tensor],
+    sms: int,
+    **call: Any,
 ) -> list[Launch]:
     """What `backward` runs."""
     scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, counters(q, 2))
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
     width = run.width
-    one_kernel = width in DQDKDV_TILES and call["attn_mask"] is None and call["attn_bias"] is None
+    one_kernel = in_one_kernel(width, call)
     cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
     arguments = (describe(q, cols, width), describe(k, ROWS, width))
     arguments += (describe(v, ROWS, width), describe(dout, cols, width))
@@ -167,24 +192,75 @@ class Run(NamedTuple):
     batch: tuple
     call: dict[str, Any]
     sms: int
-    counters: Iterator[Tensor]
+    scratch: Iterator[Tensor]  # what each launch has to itself
 
 
-def counters(like: Tensor, count: int) -> Iterator[Tensor]:
-    """Zeros to draw tickets from, 16 bytes apart: one a launch, since launches of other streams may run at a time."""
-    return iter(torch.zeros(count, 4, dtype=torch.int32, device=like.device))
+def has_pairs(call: dict[str, Any]) -> bool:
+    return call["attn_mask"] is not None or call["attn_bias"] is not None
+
+
+def in_one_kernel(width: int, call: dict[str, Any]) -> bool:
+    return width in DQDKDV_TILES and not has_pairs(call)
+
+
+def remembered(memory: dict[Hashable, Any] | None, call: dict[str, Any]) -> dict[Hashable, Any] | None:
+    """Calls with a mask tensor make lists of its tiles, and what is remembered of a call knows no such tensors."""
+    return None if has_pairs(call) else memory
+
+
+COUNTER = 4  # elements: 16 bytes
+
+
+def counters(like: Tensor, count: int) -> Tensor:
+    """To draw tickets from: one a launch, since launches of other streams may run at a time."""
+    return torch.empty(count * COUNTER, dtype=torch.int32, device=like.device)
+
+
+def backward_scratch(
+    q: Tensor, v: Tensor, extent: Extent, call: dict[str, Any]
+) -> tuple[list[Tensor], Callable[[Extent], int] | None]:
+    """What the launches write besides gradients; how many elements from the first one on start as zeros (None: all).
+
+    Counters; with dq, dk and dv in one kernel, how many have added to each tile of dq, and the sums.
+    """
+    width = filled_dim(q, v)
+    if not in_one_kernel(width, call):
+        both = counters(q, 2)
+        return [both, both[COUNTER:]], None
+    rows = DQDKDV_TILES[width][0]
+    tiles = functools.partial(dq_tiles, call["seq_offsets"] is not None, q.shape[-2], rows)
+    added = torch.empty(tiles(extent), dtype=torch.int32, device=q.device)
+    return [added, torch.empty(added.numel(), rows * width, dtype=torch.float32, device=q.device)], tiles
+
+
+def dq_tiles(jagged: bool, heads: int, rows: int, extent: Extent) -> int:
+    """Of all sequences."""
+    total_rows = extent.rows if jagged else extent.rows * extent.max_seq_len
+    return (total_rows // rows + extent.sequences) * heads
+
+
+def extent_of(q: Tensor, call: dict[str, Any]) -> Extent:
+    return Extent(q.shape[0], num_sequences(q, call), call["max_seq_len"])
+
+
+def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
+    return [call[name] for name in PER_SEQUENCE]
 
 
 def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
     """Five products: see attention_sm90_backward."""
-    tiles_per_seq = math.ceil(run.call["max_seq_len"] / (2 * ROWS))
-    heads = num_sequences(dq, run.call) * dq.shape[-2]
-    slots = math.prod(dq.shape[:-2]) // constants["COLS"] * dq.shape[-2] + heads  # tiles of dq, of all sequences
-    sums = torch.empty(slots, constants["COLS"] * run.width, dtype=torch.float32, device=dq.device)
-    added = torch.zeros(slots, dtype=torch.int32, device=dq.device)
-    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, tiles_per_seq)
+    sizes = functools.partial(dqdkdv_sizes, dq.shape[-2])
+    programs, numbers = sizes(extent_of(dq, run.call))
+    added, sums = run.scratch
+    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, numbers["tiles_per_seq"])
     constants = {**constants, "FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
-    return Launch(kernels().dqdkdv, tiles_per_seq * heads, arguments, constants)
+    return Launch(kernels().dqdkdv, programs, arguments, constants, sizes)
+
+
+def dqdkdv_sizes(heads: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    tiles_per_seq = math.ceil(extent.max_seq_len / (2 * ROWS))
+    sizes = {"N": extent.max_seq_len, "tiles_per_seq": tiles_per_seq}
+    return tiles_per_seq * heads * extent.sequences, sizes
 
 
 def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool) -> Launch:
@@ -200,21 +276,31 @@ def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: fl
 
 def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
     """Launch with tickets for output tiles of so many rows of x: see attention_sm90_schedule."""
-    sequences, heads, max_seq_len = num_sequences(x, run.call), x.shape[-2], run.call["max_seq_len"]
-    tiles_per_seq = math.ceil(max_seq_len / rows)
-    by_keys = kernel is not kernels().product
+    jagged, heads = run.call["seq_offsets"] is not None, x.shape[-2]
+    sizes = functools.partial(ticket_sizes, jagged, heads, rows, run.width, run.sms)
+    programs, numbers = sizes(extent_of(x, run.call))
+    _, *tickets = numbers.values()
+    pairs = pairs_of(x, rows, constants["COLS"], run.call, by_keys=kernel is not kernels().product)
+    constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
+    return Launch(kernel, programs, (*arguments, pairs, next(run.scratch), *tickets), constants, sizes)
+
+
+def ticket_sizes(
+    jagged: bool, heads: int, rows: int, width: int, sms: int, extent: Extent
+) -> tuple[int, dict[str, int]]:
+    """In the order of the kernels' arguments."""
+    total_rows, sequences, max_seq_len = extent
+    tiles_per_seq = -(-max_seq_len // rows)
     slots, mean_length = tiles_per_seq * sequences, max_seq_len
-    if run.call["seq_offsets"] is not None:
-        slots, mean_length = x.shape[0] // rows + sequences, x.shape[0] // max(1, sequences)
-    group = max(1, min(32, L2_BYTES // max(1, 4 * heads * run.width * mean_length)))
+    if jagged:
+        slots, mean_length = total_rows // rows + sequences, total_rows // max(1, sequences)
+    group = max(1, min(32, L2_BYTES // max(1, 4 * heads * width * mean_length)))
     tiles = slots * heads if sequences and max_seq_len else 0
-    tickets_too_many = max(1, tiles // (TICKETS * run.sms))
+    tickets_too_many = max(1, tiles // (TICKETS * sms))
     heads_a_ticket = math.gcd(heads, 1 << (tickets_too_many.bit_length() - 1))
     tickets = tiles // heads_a_ticket
-    pairs = pairs_of(x, rows, constants["COLS"], run.call, by_keys=by_keys)
-    arguments += (pairs, next(run.counters), sequences, group, tiles_per_seq, tickets, heads_a_ticket)
-    constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
-    return Launch(kernel, min(run.sms, tickets), arguments, constants)
+    sizes = {"N": max_seq_len, "num_sequences": sequences, "group": group, "tiles_per_seq": tiles_per_seq}
+    return min(sms, tickets), sizes | {"num_tickets": tickets, "heads_a_ticket": heads_a_ticket}
 
 
 def filled_dim(q: Tensor, v: Tensor) -> int:
@@ -233,7 +319,7 @@ def num_sequences(q: Tensor, call: dict[str, Any]) -> int:
 
 def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
     """The kernels' arguments `each` to `min_full_attn_seq_len`, the same wherever the sequences lie."""
-    each = kernels().per_sequence(*(call[name] for name in kernels().per_sequence._fields))
+    each = kernels().per_sequence(*(t if t is None else t.contiguous() for t in per_sequence(call)))
     return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
 
 

@@ -11,6 +11,7 @@ from hstu_compile.ops.kernels import attention_sm90 as sm90
 from hstu_compile.ops.kernels import attention_triton as portable
 from hstu_compile.ops.kernels.attention_sm90_dbias import dbias_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
+from hstu_compile.ops.kernels.launch import Launch
 
 TILE = 128  # rows and columns of a tile of the bias
 CHUNK = 64  # of the head dim
@@ -29,7 +30,7 @@ def dbias(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
     return out.to(call["attn_bias"].dtype)
 
 
-def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> sm90.Launch:
+def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> Launch:
     """What `dbias` runs once it has found the sequences and heads that share each tile."""
     lists = portable.Call(q, k, v, **call).sharers(Tile(TILE, TILE, 1, 1))
     (dout, q, k, v), batch_rows = sm90.loadable(dout, q, k, v)
@@ -48,7 +49,7 @@ def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms
     )
     arguments += (
         most,
-        next(sm90.counters(q, 1)),
+        torch.zeros(sm90.COUNTER, dtype=torch.int32, device=q.device),
         tiles,
         num_sequences,
         *out.shape[:2],
@@ -65,7 +66,7 @@ def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms
         "num_warps": 4,
         "maxnreg": 168,
     }
-    return sm90.Launch(dbias_kernel, min(sms, tiles), arguments, constants)
+    return Launch(dbias_kernel, min(sms, tiles), arguments, constants)
 
 
 def loadable_bias(bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The mask family, a mask tensor and a bias are fused; rows, heads and sequences m
 """
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, prod
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
+from hstu_compile.ops.kernels.zero_tail import zero_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -43,19 +45,27 @@ def unsupported(
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | None = None, **arguments: Any) -> Tensor:
     """The kernels' side of `hstu_compile::hstu_attention`; the keywords are those of `Call`, all required.
 
-    Rows of a jagged output beyond seq_offsets[-1] are left as they are allocated.
+    memory: see `attention_sm90`; nothing is remembered here.
     """
     call = Call(q, k, v, **arguments)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     call.product(call.tiles.forward, out, call.scale, x=q, y=k, z=v)
+    zero_tail((out,), arguments["seq_offsets"])
     return out
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, needs_bias_grad: bool, **arguments: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    needs_bias_grad: bool,
+    memory: dict[Hashable, Any] | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
     call = Call(q, k, v, **arguments)
@@ -68,6 +78,7 @@ def backward(
         call.product(call.tiles.dq, dk, call.alpha * call.scale, by_keys=True, x=k, y=q, dx=v, dy=dout)
     else:
         call.dk_dv(call.tiles.dk_dv, dout, dk, dv)
+    zero_tail((dq, dk, dv), arguments["seq_offsets"])
     return dq, dk, dv, call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
 
 

@@ -1,31 +1,61 @@
 """Rows of jagged results that belong to no sequence (beyond the last offset) are 0, not uninitialised memory."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hstu_compile.ops.kernels.launch import Extent, Launch
+
 PROGRAMS = 64
+BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["total_rows", "batch"])
-def zero_tail_kernel(outs, widths, seq_offsets_ptr, total_rows, batch, BLOCK: tl.constexpr):
-    """One launch for all results of a call: pointers and the elements of a row of each."""
-    first = tl.load(seq_offsets_ptr + batch).to(tl.int64)
-    for row in range(first + tl.program_id(0), total_rows, tl.num_programs(0)):
-        for i in tl.static_range(len(outs)):
-            for start in range(0, widths[i], BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                zeros = tl.zeros((BLOCK,), outs[i].dtype.element_ty)
-                tl.store(outs[i] + row * widths[i] + cols, zeros, mask=cols < widths[i])
+@triton.jit(do_not_specialize=["total_rows", "batch", "num_counters"])
+def zero_tail_kernel(outs, widths, seq_offsets_ptr, total_rows, batch, counters_ptr, num_counters, BLOCK: tl.constexpr):
+    """One launch for all results of a call: pointers and the elements of a row of each. And for its counters."""
+    if counters_ptr is not None:
+        for start in range(tl.program_id(0) * BLOCK, num_counters, tl.num_programs(0) * BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            tl.store(counters_ptr + i, tl.zeros((BLOCK,), tl.int32), mask=i < num_counters)
+    if seq_offsets_ptr is not None:
+        first = tl.load(seq_offsets_ptr + batch).to(tl.int64)
+        for row in range(first + tl.program_id(0), total_rows, tl.num_programs(0)):
+            for i in tl.static_range(len(outs)):
+                for start in range(0, widths[i], BLOCK):
+                    cols = start + tl.arange(0, BLOCK)
+                    zeros = tl.zeros((BLOCK,), outs[i].dtype.element_ty)
+                    tl.store(outs[i] + row * widths[i] + cols, zeros, mask=cols < widths[i])
 
 
-def zero_tail(outs: tuple[Tensor, ...], seq_offsets: Tensor) -> None:
+def zero_tail(outs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> None:
     """outs [T, H, D] contiguous: zero the rows from seq_offsets[-1] on, without reading the offset back to the host."""
     outs = tuple(out for out in outs if out.numel())
-    if outs:
-        widths = tuple(out[0].numel() for out in outs)
+    if outs and seq_offsets is not None:
         with torch.cuda.device_of(outs[0]):
-            zero_tail_kernel[(PROGRAMS,)](
-                outs, widths, seq_offsets, outs[0].shape[0], seq_offsets.shape[0] - 1, BLOCK=1024
-            )
+            zero_launch(outs, seq_offsets, Extent(outs[0].shape[0], seq_offsets.shape[0] - 1, 0))()
+
+
+def zero_launch(
+    outs: tuple[Tensor, ...],
+    seq_offsets: Tensor | None,
+    extent: Extent,
+    counters: Tensor | None = None,
+    num_counters: Callable[[Extent], int] | None = None,
+) -> Launch:
+    """Zeros the rows of no sequence (dense: none) and int32 counters, as many for any extent if not said otherwise."""
+    widths = tuple(out.shape[-2] * out.shape[-1] for out in outs)
+    number = 0 if counters is None else counters.numel()
+    sizes = functools.partial(zero_sizes, number if num_counters is None else num_counters)
+    programs, numbers = sizes(extent)
+    total_rows, batch, number = numbers.values()
+    arguments = (outs, widths, seq_offsets, total_rows, batch, counters, number)
+    return Launch(zero_tail_kernel, programs, arguments, {"BLOCK": BLOCK}, sizes)
+
+
+def zero_sizes(number: int | Callable[[Extent], int], extent: Extent) -> tuple[int, dict[str, int]]:
+    number = number if isinstance(number, int) else number(extent)
+    return PROGRAMS, {"total_rows": extent.rows, "batch": extent.sequences, "num_counters": number}

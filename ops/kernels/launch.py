@@ -1,0 +1,212 @@
+"""Triton launches, and how the same launch is done for other tensors without Triton's search for the compiled kernel.
+
+`Launch` calls a kernel the public way. `Relaunch` has Triton say what it hands to its launcher in C, and from then on
+hands over the same with other addresses, sizes, programs and stream. That takes private parts of
+`triton.backends.nvidia.driver`, read in triton 3.6, 3.7 and 3.9: `CudaLauncher.launch` gets the grid (3 numbers), the
+stream, and more; `wrap_handle_tensordesc` puts what encodes descriptors before the `launcher` in C, which its closure
+holds. Where they are not as they were, the public way is left.
+"""
+
+import copy
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: Triton compiles a kernel for pointers that are multiples of it, and another one for others
+MAX_SIZE = 2**31 - 1  # larger integers have another type in the kernel
+MAX_KNOWN = 256  # kinds of calls; sets of addresses that one launch's descriptors are encoded for
+
+
+class Extent(NamedTuple):
+    """What calls of one kind may differ in: jagged batches have other numbers at every step."""
+
+    rows: int
+    sequences: int
+    max_seq_len: int
+
+
+class Launch(NamedTuple):
+    """One kernel with everything it is called with.
+
+    sizes: for an extent, the programs, and the arguments that go by it, by name; None if it is never done again.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: tuple
+    constants: dict[str, Any]
+    sizes: Callable[[Extent], tuple[int, dict[str, int]]] | None = None
+
+    def __call__(self) -> Any:
+        """Returns the compiled kernel; None where there is nothing to do."""
+        return self.kernel[(self.programs,)](*self.arguments, **self.constants) if self.programs else None
+
+
+class Place(NamedTuple):
+    """Stands for an argument that changes: the address of a tensor, by its number, or a size, by its name."""
+
+    key: Any
+
+
+class Base(NamedTuple):
+    """As much of a descriptor's tensor as its encoding asks for."""
+
+    key: int
+    now: threading.local  # holds `pointers`
+
+    def data_ptr(self) -> int:
+        return self.now.pointers[self.key]
+
+
+class Relaunch:
+    """A launch with places; an exception where only the public way is left. It keeps no tensor alive."""
+
+    def __init__(
+        self, launch: Launch, compiled: Any, tensors: Sequence[Tensor | None], pointers: list[int], extent: Extent
+    ) -> None:
+        from triton.backends.nvidia import driver
+
+        launcher = compiled.run
+        if launch.sizes is None or launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+            raise NotImplementedError("a kernel that takes more than its arguments, or that is not done again")
+        self.compiled = compiled  # unloads its code when it goes
+        self.sizes = launch.sizes
+        self.now = threading.local()
+        self.parameters = with_places(launch, tensors, extent)
+        descriptors = [x for x in self.parameters if is_descriptor(x)]
+        self.bases = [x.base.key for x in descriptors]
+        for x in descriptors:
+            x.base = Base(x.base.key, self.now)
+        self.in_c = inspect.getclosurevars(launcher.launch).nonlocals["launcher"] if self.bases else launcher.launch
+        self.nested = hasattr(launcher, "arg_annotations")  # from 3.7 on the kernel's arguments are one of C's
+        self.before_c = copy.copy(launcher)
+        self.before_c.launch = driver.wrap_handle_tensordesc(
+            self._hear, compiled.src.signature, getattr(compiled.metadata, "tensordesc_meta", None)
+        )
+        self.encoded: dict[tuple[int, ...], list] = {}
+        said = list(enumerate(self._encode(pointers)))
+        places = [(i, x.key) for i, x in said if isinstance(x, Place)]
+        self.addresses = [(i, key) for i, key in places if isinstance(key, int)]
+        self.numbers = [(i, key) for i, key in places if isinstance(key, str)]
+        self.tuples = [(i, x) for i, x in said if type(x) is tuple and any(isinstance(item, Place) for item in x)]
+
+    def __call__(self, pointers: list[int], extent: Extent, stream: int) -> None:
+        programs, sizes = self.sizes(extent)
+        if not programs:
+            return
+        bases = tuple([pointers[i] for i in self.bases])
+        arguments = (self.encoded.get(bases) or self._encode(pointers)).copy()
+        for i, tensor in self.addresses:
+            arguments[i] = pointers[tensor]
+        for i, name in self.numbers:
+            arguments[i] = sizes[name]
+        for i, items in self.tuples:
+            arguments[i] = tuple([pointers[x.key] if isinstance(x, Place) else x for x in items])
+        if self.nested:
+            self.in_c(programs, 1, 1, stream, *self.head, arguments)
+        else:
+            self.in_c(programs, 1, 1, stream, *arguments)
+
+    def _encode(self, pointers: list[int]) -> list:
+        """The arguments as they go to C, with descriptors for these addresses and places for the rest."""
+        self.now.pointers = pointers
+        kernel = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no hooks
+        self.before_c(1, 1, 1, 0, *kernel, *self.parameters)
+        arguments = list(self.now.said[4:])
+        if self.nested:
+            *self.head, arguments = arguments
+        if len(self.encoded) >= MAX_KNOWN:
+            self.encoded.clear()
+        self.encoded[tuple([pointers[i] for i in self.bases])] = arguments = list(arguments)
+        return arguments
+
+    def _hear(self, *said: Any) -> None:
+        self.now.said = said
+
+
+def is_descriptor(x: Any) -> bool:
+    return hasattr(x, "block_shape")
+
+
+def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent) -> list:
+    """What the kernel is called with, in the order of its parameters."""
+    number = {id(t): Place(i) for i, t in enumerate(tensors) if t is not None}
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    _, sizes = launch.sizes(extent)
+
+    def placed(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return number[id(x)]
+        if is_descriptor(x):
+            return dataclasses.replace(x, base=number[id(x.base)])
+        return tuple(map(placed, x)) if isinstance(x, tuple) else x
+
+    parameters = []
+    for p in launch.kernel.params:
+        if p.name in sizes and not (p.do_not_specialize and given[p.name] == sizes[p.name]):
+            raise ValueError(f"{p.name} is not a size")
+        parameters.append(Place(p.name) if p.name in sizes else placed(given[p.name]))
+    return parameters
+
+
+def run(
+    memory: dict[Hashable, list[Relaunch] | None] | None,
+    key: Hashable,
+    tensors: Sequence[Tensor | None],
+    extent: Extent,
+    launches: Callable[[], list[Launch]],
+) -> None:
+    """Do the launches, on the device of tensors[0] and the current stream there.
+
+    memory: of launches that were done twice before under the same key, and differ at most in addresses and the extent.
+    tensors: all that the launches refer to.
+    """
+    device = tensors[0].device.index
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    again = memory is not None and may_relaunch(pointers, extent)
+    relaunches = memory.get(key) if again else None
+    if relaunches and torch.cuda.current_device() == device:
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        for relaunch in relaunches:
+            relaunch(pointers, extent, stream)
+        return
+    with torch.cuda.device_of(tensors[0]):
+        todo = launches()
+        compiled = [launch() for launch in todo]
+    given = [id(t) for t in tensors if t is not None]
+    distinct = len(set(given)) == len(given)  # of a tensor in two roles nobody knows which one an argument is
+    if not again or relaunches is not None or None in compiled or not distinct:
+        return
+    if key not in memory:  # it may never come again
+        memory[key] = None
+    else:
+        try:
+            each = zip(todo, compiled, strict=True)
+            memory[key] = [Relaunch(*one, tensors, pointers, extent) for one in each]
+        except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError):
+            memory[key] = []
+
+
+def may_relaunch(pointers: list[int], extent: Extent) -> bool:
+    """Whether Triton compiles the same kernels for all such calls, and nobody wants to hear of launches."""
+    together = 0
+    for pointer in pointers:
+        together |= pointer
+    hooks = triton.knobs.runtime
+    return (
+        together % ALIGNMENT == 0
+        and max(extent) <= MAX_SIZE
+        and not is_hooked(hooks.launch_enter_hook)
+        and not is_hooked(hooks.launch_exit_hook)
+    )
+
+
+def is_hooked(hook: Any) -> bool:
+    """A chain of hooks, or one, or None."""
+    return hook is not None and bool(getattr(hook, "calls", True))

@@ -1,0 +1,251 @@
+"""Launches done again hand the same to Triton's launcher in C as the public way does, whatever changes between calls.
+
+Without a GPU, that launcher and the encoding of descriptors are stand-ins that record; on a Hopper GPU, the results.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import compile_only
+import pytest
+import torch
+import triton
+from test_sm90_compiles import NOTHING, on_hopper
+
+from hstu_compile.ops.hstu_attention import PARAMETERS, _features
+from hstu_compile.ops.kernels import attention_sm90
+
+H = 2
+EMPTY = torch.empty
+passed: list[tuple] = []  # to C
+
+
+class Utilities:
+    """Of Triton's driver."""
+
+    def fill_tma_descriptor(self, pointer: int, *shape: Any) -> tuple:
+        return ("descriptor", pointer, *map(str, shape))
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything up to the launcher in C is Triton's own."""
+    from triton.backends.nvidia import driver
+
+    def init_handles(self) -> None:
+        self.function = id(self)
+        self._run = run = object.__new__(driver.CudaLauncher)
+        descriptors = self.metadata.tensordesc_meta
+        run.launch = driver.wrap_handle_tensordesc(lambda *a: passed.append(a), self.src.signature, descriptors)
+        run.num_ctas, run.launch_cooperative_grid, run.launch_pdl, run.gsan_enabled = 1, False, False, False
+        run.global_scratch_size = run.profile_scratch_size = run.global_scratch_align = run.profile_scratch_align = 0
+        if not triton.__version__.startswith("3.6."):
+            run.arg_annotations, run.kernel_signature = [], b""
+
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", init_handles)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # that of CPU tensors
+    monkeypatch.setattr(attention_sm90, "processors", lambda device: 132)
+    with compile_only.target(90):
+        triton.runtime.driver.active.utils = Utilities()
+        yield
+
+
+def resolved(x: Any) -> Any:
+    """As C sees it; hooks, of which there are none, aside."""
+    if isinstance(x, (list, tuple)):
+        return tuple(map(resolved, x))
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+
+def without_hooks(arguments: tuple) -> tuple:
+    for_hooks = (triton.knobs.HookChain, triton.compiler.compiler.LazyDict, type(None))
+    return tuple(x for x in resolved(arguments) if not isinstance(x, for_hooks))
+
+
+def inputs(
+    lengths: list[int], dim: int, shift: int = 0, device: str = "cpu", **call: Any
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """q, k, v, dout and the keywords of a call; `shift` elements from an aligned address."""
+    T = sum(lengths) + 3
+    packed = torch.randn(T * 4 * H * dim + shift, device=device).bfloat16()[shift:].view(T, 4 * H * dim)
+    tensors = [x.view(T, H, dim) for x in packed.chunk(4, 1)[1:]]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    call = {**NOTHING, "seq_offsets": offsets, "max_seq_len": max(lengths), "alpha": 0.5, "scale": 0.1} | call
+    return [*tensors, torch.randn(T, H, dim, device=device).bfloat16()], call
+
+
+def both(tensors: list[torch.Tensor], call: dict[str, Any], memory: dict | None) -> list[tuple]:
+    """What C gets for a forward and a backward."""
+    q, k, v, dout = tensors
+    passed.clear()
+    attention_sm90.forward(q, k, v, memory=memory, **call)
+    attention_sm90.backward(dout, q, k, v, memory=memory, needs_bias_grad=False, **call)
+    return list(passed)
+
+
+@pytest.fixture
+def same_addresses(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Allocations come in the same order at the same addresses after each call of it."""
+    pool, taken = [], [0]
+
+    def from_pool(*size: Any, **keywords: Any) -> torch.Tensor:
+        if taken[0] == len(pool):
+            pool.append(EMPTY(1 << 20, dtype=torch.int64))
+        buffer = pool[taken[0]].view(keywords["dtype"])
+        taken[0] += 1
+        size = size[0] if not isinstance(size[0], int) else size
+        return buffer[: torch.Size(size).numel()].view(*size)
+
+    def restart() -> None:
+        taken[0] = 0
+        monkeypatch.setattr(attention_sm90.torch, "empty", from_pool)
+
+    return restart
+
+
+STEPS = [[100, 37], [100, 37], [5, 260], [1, 1, 1], [129, 64, 7], [16] * 16]
+
+
+@pytest.mark.parametrize("mask", [{}, {"num_targets": [1, 0, 1], "max_attn_len": 5}])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_c_gets_the_same(recorded, same_addresses, dim: int, mask: dict) -> None:
+    """With other lengths, numbers of sequences and addresses; fails where this triton has moved what is used of it."""
+    memory: dict = {}
+    for lengths in STEPS:
+        counts = {name: torch.ones(len(lengths)) if isinstance(x, list) else x for name, x in mask.items()}
+        tensors, call = inputs(lengths, dim, **counts)
+        same_addresses()
+        again = both(tensors, call, memory)
+        same_addresses()
+        public = both(tensors, call, None)
+        assert len(again) == len(public) == (4 if dim == 64 else 5)
+        assert list(map(without_hooks, again)) == list(map(without_hooks, public))
+    assert [len(relaunches) for relaunches in memory.values()] == [2, 2 if dim == 64 else 3]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are launched the public way from now on."""
+    names, run = [], triton.runtime.JITFunction.run
+
+    def count(self, *args: Any, **keywords: Any) -> Any:
+        names.append(self.__name__)
+        return run(self, *args, **keywords)
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", count)
+    return names
+
+
+def test_what_takes_the_public_way(recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: dict = {}
+    names = counted(monkeypatch)
+    aligned, call = inputs([100, 37], 128)
+    both(aligned, call, memory)
+    both(aligned, call, memory)
+    assert len(names) == 10
+    both(aligned, call, memory)
+    assert len(names) == 10, "the third time, no launch is Triton's"
+    both(*inputs([100, 37], 128, shift=4), memory)
+    assert len(names) == 15, "other kernels may be compiled for unaligned addresses"
+    both(aligned, {**call, "seq_offsets": torch.tensor([9, 0, 100, 137])[1:]}, memory)
+    assert len(names) == 20, "the offsets are not at an aligned address"
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    both(aligned, call, memory)
+    assert len(names) == 25, "a profiler wants to hear of launches"
+    monkeypatch.undo()
+
+
+def test_one_tensor_in_two_roles_is_not_remembered(recorded) -> None:
+    (q, _, v, dout), call = inputs([100, 37], 128)
+    memory: dict = {}
+    for _ in range(3):
+        both([q, q, v, dout], call, memory)
+    assert not memory
+
+
+def test_no_tensor_is_kept(recorded) -> None:
+    tensors, call = inputs([100, 37], 128)
+    memory: dict = {}
+    for _ in range(3):
+        both(tensors, call, memory)
+    alive = [weakref.ref(t) for t in (*tensors, call["seq_offsets"])]
+    del tensors, call
+    passed.clear()
+    gc.collect()
+    assert all(memory.values()) and not any(ref() is not None for ref in alive)
+
+
+ARGUMENTS = {"seq_offsets": torch.tensor([0, 5, 8]), "max_seq_len": 5, "alpha": 0.5, "scaling_seq_len": 8.0}
+
+
+def features(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **change: Any) -> Any:
+    call = {**NOTHING, **ARGUMENTS, **change}
+    return _features(q, k, v, tuple(call[name] for name in PARAMETERS))
+
+
+def test_the_kind_of_a_call() -> None:
+    x, longer = torch.empty(8, H, 16), torch.empty(9, H, 16)
+    kind = features(x, x, x)
+    assert features(longer, longer, longer, max_seq_len=7, seq_offsets=torch.tensor([0, 2, 5, 9])) == kind
+    others = [
+        features(x, x, longer),
+        features(x, x, x.double()),
+        features(x, x, torch.empty(8, H, 32)[..., :16]),
+        features(x, x, torch.empty(8, H, 24)),
+        features(x, x, x, max_seq_len=-1),
+        features(x, x, x, alpha=0.25),
+        features(x, x, x, causal=False),
+        features(x, x, x, num_targets=torch.ones(2)),
+        features(x, x, x, num_targets=torch.ones(3)),
+        features(x, x, x, seq_offsets=torch.tensor([0, 5, 8], dtype=torch.int32)),
+        features(x, x, x, seq_offsets=torch.tensor([0, 0, 5, 0, 8])[::2]),
+        features(x, x, x, attn_bias=torch.ones(1, 1, 5, 5)),
+        features(x, x, x, attn_bias=torch.ones(1, 2, 5, 5)),
+        features(x[:1], x[:1], x[:1]),
+    ]
+    assert len({kind, *others}) == 1 + len(others)
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_results_are_those_of_the_public_way(dim: int) -> None:
+    memory: dict = {}
+    aligned = [[100, 37], [100, 37], [5, 260], [1, 1, 1], [300] * 40]
+    for lengths, shift in [*((lengths, 0) for lengths in aligned), ([5, 260], 4), ([100, 37], 0)]:
+        (q, k, v, dout), call = inputs(lengths, dim, shift, "cuda")
+        results = []
+        for remembered in (memory, None):
+            out = attention_sm90.forward(q, k, v, memory=remembered, **call)
+            grads = attention_sm90.backward(dout, q, k, v, memory=remembered, needs_bias_grad=False, **call)
+            results.append([out, *grads[:3]])
+        for ours, public in zip(*results, strict=True):
+            assert torch.equal(ours, public) and not ours.isnan().any()
+            assert (ours[sum(lengths) :] == 0).all()
+    assert len(memory) == 2 and all(memory.values())
+
+
+@on_hopper
+def test_another_stream_and_a_graph() -> None:
+    (q, k, v, _), call = inputs([100, 37], 128, 0, "cuda")
+    memory: dict = {}
+    for _ in range(3):
+        want = attention_sm90.forward(q, k, v, memory=memory, **call)
+    assert all(memory.values())
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        q.neg_()  # seen only by what is launched on this stream
+        there = attention_sm90.forward(q, k, v, memory=memory, **call)
+        q.neg_()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = attention_sm90.forward(q, k, v, memory=memory, **call)
+    for _ in range(2):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, want)
+    assert torch.equal(there, attention_sm90.forward(q.neg(), k, v, **call))
