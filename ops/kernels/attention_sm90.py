@@ -53,6 +53,7 @@ class Kernels(NamedTuple):
     portable: ModuleType
     per_sequence: Any
     pairs: Any
+    cells: Any
     lists: Any
     occupied_tiles: Any
     family: Any
@@ -73,6 +74,7 @@ def kernels() -> Kernels:
     from hstu_compile.ops.kernels.attention_sm90_pairs import Lists, Pairs
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
+    from hstu_compile.ops.kernels.attention_tiles import Cells
     from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
     from hstu_compile.ops.kernels.mask_tiles import Family
     from hstu_compile.ops.kernels.zero_tail import zero_launch
@@ -82,6 +84,7 @@ def kernels() -> Kernels:
         attention_triton,
         PerSequence,
         Pairs,
+        Cells,
         Lists,
         occupied_tiles,
         Family,
@@ -327,16 +330,18 @@ def pairs_of(x: Tensor, rows: int, cols: int, call: dict[str, Any], *, by_keys: 
     """Bias and mask tensor, as a kernel takes them whose output tiles have so many rows and stream `cols`."""
     portable, bias, mask = kernels().portable, call["attn_bias"], call["attn_mask"]
     size = num_sequences(x, call), x.shape[-2]
-    lists = None
+    lists = kernels().lists(None, None, None, None)
     if mask is not None:
         shared = portable.unexpanded(mask)
         visits, ranks = kernels().occupied_tiles(shared.mT if by_keys else shared, rows, cols)
         lists = kernels().lists(visits, ranks, *(portable.constant(size > 1) for size in shared.shape[:2]))
-    return kernels().pairs(*(None if t is None else cells_of(t, *size) for t in (bias, mask)), lists)
+    return kernels().pairs(cells_of(bias, *size), cells_of(mask, *size), lists)
 
 
-def cells_of(t: Tensor, sequences: int, heads: int) -> Any:
+def cells_of(t: Tensor | None, sequences: int, heads: int) -> Any:
     """A bias or mask tensor, with a GRAIN of 2 where two adjacent cells are one aligned load in every row."""
+    if t is None:
+        return kernels().cells(*[None] * len(kernels().cells._fields))
     cells = kernels().portable.cells_of(t, sequences, heads)
     steps = [step for step in cells.ptr.stride() if step != 1]
     aligned = cells.ptr.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (t.shape[-1], *steps))

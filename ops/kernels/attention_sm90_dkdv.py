@@ -46,8 +46,8 @@ def pointwise(
 
 @gluon.jit
 def consumer(
-    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do, queue, tiles_per_seq,
-    FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
+    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do, queue,
+    tiles_per_seq, FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
     STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Keys W * ROWS ... of each output tile."""
@@ -143,10 +143,10 @@ def dkdv_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
-            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do,
-                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
-            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do,
-                        queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
+            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
+                        do, queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
+            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
+                        do, queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
             (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tiles_per_seq,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),
             (scheduler, (batch, queue, tickets, 2 * ROWS, True)),

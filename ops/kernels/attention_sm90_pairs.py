@@ -32,18 +32,20 @@ class Line(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Cells (attention_tiles.py) twice, and with a mask tensor its lists; or None. In no other tuple: constants turn dynamic."""
+    """What is absent has None for every field: with a None among the tuples themselves, Triton loses their constants in
+    loops (read in 3.6). In no other tuple, for the same reason.
+    """
 
-    bias: Any
-    mask: Any
-    lists: Any
+    bias: Any  # Cells of attention_tiles.py
+    mask: Any  # Cells
+    lists: Any  # of the mask tensor
 
 
 @gluon.jit
 def lists_of(pairs, tile, tiles_per_seq, batch, COLS: gl.constexpr):
     """The lists of an output tile that streams tiles of COLS, if there is a mask tensor."""
     lists = pairs.lists
-    if lists is not None:
+    if lists.visits is not None:
         line = tile % tiles_per_seq
         index = tile // tiles_per_seq
         if lists.BY_HEAD and lists.BY_SEQUENCE:
@@ -87,7 +89,7 @@ def read_cells(cells, z, head, first, second0, second, length, N, KEYS_FIRST: tl
 
 @gluon.jit
 def load_cells(cells, like, row0, col0, z, sequence, N, KEYS_FIRST: gl.constexpr):
-    """A tile like `like`, queries x keys (KEYS_FIRST: keys x queries), that starts at (row0, col0): see `read_cells`."""
+    """A tile like `like`, queries x keys (KEYS_FIRST: keys x queries), from (row0, col0) on: see `read_cells`."""
     layout: gl.constexpr = like.type.layout
     first = row0 + gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, layout))
     second = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, layout))
@@ -97,7 +99,7 @@ def load_cells(cells, like, row0, col0, z, sequence, N, KEYS_FIRST: gl.constexpr
 @gluon.jit
 def load_bias(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
     """The tile's bias, if there is one."""
-    if pairs.bias is not None:
+    if pairs.bias.ptr is not None:
         return load_cells(pairs.bias, like, row0, col0, sequence.z, sequence, batch.N, KEYS_FIRST)
 
 
@@ -113,7 +115,7 @@ def half_argument(s, half_alpha, bias):
 @gluon.jit
 def load_weight(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
     """The tile's mask tensor, if there is one."""
-    if pairs.mask is not None:
+    if pairs.mask.ptr is not None:
         return load_cells(pairs.mask, like, pinned(row0), col0, pinned(sequence.z), sequence, batch.N, KEYS_FIRST)
 
 

@@ -106,7 +106,7 @@ def meets_any(row0, sequence, spans, lists):
 
 @gluon.jit
 def streamed_row(t, tiles, spans, lists, COLS: gl.constexpr, KEYS: gl.constexpr):
-    """First row of the t-th streamed tile, from the masked diagonal outwards; whether the mask tensor is all 1 there."""
+    """First row of the t-th streamed tile, from the masked diagonal outwards; whether a mask tensor is all 1 there."""
     if KEYS:
         tile = nth_tile(t, spans)
     else:
@@ -187,9 +187,9 @@ def own_tiles(row0, mask, tiles, spans, lists, FAMILY: gl.constexpr, COLS: gl.co
 
 @gluon.jit
 def whole_tiles(row0, mask, pairs, FAMILY: gl.constexpr, KEYS: gl.constexpr):
-    """Streamed rows [low, high) that every resident row of a consumer meets, and of which all pairs may be looked at."""
+    """Streamed rows [low, high) that every resident row of a consumer meets, bias and mask tensor included."""
     low, high = whole_columns(row0, ROWS, mask, FAMILY, KEYS)
-    if pairs.bias is not None or pairs.mask is not None:
+    if pairs.bias.ptr is not None or pairs.mask.ptr is not None:
         high = gl.minimum(high, mask.length)  # what these hold beyond may be NaN
     return low, high
 

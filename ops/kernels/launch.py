@@ -73,7 +73,12 @@ class Relaunch:
         from triton.backends.nvidia import driver
 
         launcher = compiled.run
-        if launch.sizes is None or launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        if (
+            launch.sizes is None
+            or launcher.global_scratch_size
+            or launcher.profile_scratch_size
+            or getattr(launcher, "gsan_enabled", False)
+        ):
             raise NotImplementedError("a kernel that takes more than its arguments, or that is not done again")
         self.compiled = compiled  # unloads its code when it goes
         self.sizes = launch.sizes
