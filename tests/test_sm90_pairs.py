@@ -54,8 +54,8 @@ def compiled(
 # Bytes a thread that these may spill; what is not here spills nothing. dk and dv at head dim 128, and dq at 256, fill
 # the registers without a bias too.
 SPILLS: dict[tuple[Any, ...], int] = {
-    (32, "dkdv_kernel", FP16, FP32): 48,
-    (64, "dkdv_kernel", BF16, BOOL): 8,
+    (32, "dkdv_kernel", FP16, FP32): 56,
+    (64, "dkdv_kernel", BF16, BOOL): 16,
     (128, "dkdv_kernel", BF16, BOOL): 208,
     (128, "dkdv_kernel", BF16, None): 152,
     (128, "dkdv_kernel", None, FP32): 248,

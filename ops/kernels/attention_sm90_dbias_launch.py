@@ -38,7 +38,8 @@ def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms
     size = num_sequences, num_heads = lists["num_sequences"], q.shape[-2]
     tiles, most = lists["sharers_ptr"].shape
     arguments = (*(sm90.describe(x, TILE, chunk) for x in (q, k, dout, v)), describe_bias(bias))
-    pairs = sm90.kernels().pairs(None, None if mask is None else sm90.cells_of(mask, *size), None)
+    absent = sm90.kernels().lists(None, None, None, None)
+    pairs = sm90.kernels().pairs(sm90.cells_of(None, *size), sm90.cells_of(mask, *size), absent)
     arguments += (
         portable.cells_of(out, *size),
         pairs,
