@@ -92,15 +92,16 @@ def consumer(
                     g = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
                     release(c, done, C_STAGES)
-                    p = gl.convert_layout((g * dp).to(dtype), p_layout)
+                    x = g * dp
                 else:
                     s = warpgroup_mma_wait(0, deps=(s,))
                     release(b, done, B_STAGES)
-                    p = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
-                    p = gl.convert_layout(p.to(dtype), p_layout)
-                # Steady state: a tile's product under the scores of the next.
+                    x = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
+                # Steady state: a tile's product under the scores of the next. x goes from round to round in 32 bits: halves
+                # of registers in 16 bits are packed again, one by one, between the products.
                 for t in range(first + 1, tiles):
                     col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
+                    p = gl.convert_layout(x.to(dtype), p_layout)
                     a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
                     if GRAD:
                         # b of the tile before first: the load that takes its place has the longest time.
@@ -118,7 +119,7 @@ def consumer(
                         )
                         dp = warpgroup_mma_wait(0, deps=(dp,))
                         release(c, done + 1, C_STAGES)
-                        p = gl.convert_layout((g * dp).to(dtype), p_layout)
+                        x = g * dp
                     else:
                         b_next = wait_full(b, done + 1, B_STAGES)
                         s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -126,15 +127,14 @@ def consumer(
                         next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         release(b, done + 1, B_STAGES)
-                        r = pointwise(
+                        x = pointwise(
                             s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD
                         )
-                        r = gl.convert_layout(r.to(dtype), p_layout)
                         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                         release(c, done, C_STAGES)
-                        p = r
                     done += 1
                 mbarrier.arrive(a.empty.index(W), count=1)  # the next a loads under the last product and the store
+                p = gl.convert_layout(x.to(dtype), p_layout)
                 if GRAD:
                     acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, deps=(acc,))
