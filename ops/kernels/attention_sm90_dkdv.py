@@ -28,18 +28,19 @@ from hstu_compile.ops.kernels.silu import silu_and_grad
 
 
 @gluon.jit
-def pointwise(
-    s, half_alpha, bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY: gl.constexpr, DTYPE: gl.constexpr
-):
-    """silu(alpha * s + bias) times the mask tensor, rounded, and its derivative; 0 where the mask is dead."""
-    if (whole[0] <= query0) & (query0 + s.shape[1] <= whole[1]) & ones:
-        x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
-        x = x.to(DTYPE)
-    else:  # not a mask over x and g: in a branch of their own they share their registers
-        live = live_tile(s, key0, query0, sequence.z, batch, FAMILY, True)
-        x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
-        weight = load_weight(pairs, s, key0, query0, sequence, batch, True)
-        x = gl.where(live, weighted(x, weight), 0.0).to(DTYPE)
+def pointwise(s, half_alpha, bias, DTYPE: gl.constexpr):
+    """silu(alpha * s + bias), rounded, and its derivative."""
+    x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
+    return x.to(DTYPE), g
+
+
+@gluon.jit
+def masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY: gl.constexpr):
+    """x and g times the mask tensor; 0 where the mask is dead."""
+    if (query0 < whole[0]) | (query0 + x.shape[1] > whole[1]) | (not ones):
+        weight = load_weight(pairs, g, key0, query0, sequence, batch, True)
+        live = live_tile(g, key0, query0, sequence.z, batch, FAMILY, True)
+        x = gl.where(live, weighted(x.to(gl.float32), weight), 0.0).to(x.dtype)
         g = gl.where(live, weighted(g, weight), 0.0)
     return x, g
 
@@ -80,8 +81,9 @@ def consumer(
                 s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                 bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                 s = warpgroup_mma_wait(0, deps=(s,))
-                p, g = pointwise(s, half_alpha, bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype)
-                p = gl.convert_layout(p, p_layout)
+                x, g = pointwise(s, half_alpha, bias, dtype)
+                x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
+                p = gl.convert_layout(x, p_layout)
                 # The scores of the next tile and their pointwise work hide under the products of this one. Nothing is
                 # in flight from one round to the next: ptxas would serialise every wgmma of the loop.
                 for t in range(first, tiles - 1):
@@ -97,12 +99,11 @@ def consumer(
                     next_bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                     dv, p, s = warpgroup_mma_wait(1, deps=(dv, p, s))
                     release(do, done, STAGES)
-                    x, g = pointwise(
-                        s, half_alpha, next_bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype
-                    )
-                    p = gl.convert_layout(x, p_layout)
+                    x, g = pointwise(s, half_alpha, next_bias, dtype)
                     dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
                     release(q, done, STAGES)
+                    x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
+                    p = gl.convert_layout(x, p_layout)
                     done += 1
                 do_tile = wait_full(do, done, STAGES)
                 dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)

@@ -5,7 +5,7 @@ and dk += ds q: four matrix products, with f'(s) handed over in shared memory. A
 [keys, queries], so that p and ds stay in registers. Tiles come as attention_sm90_pipeline says.
 """
 
-from hstu_compile.ops.kernels.attention_sm90_dkdv import pointwise
+from hstu_compile.ops.kernels.attention_sm90_dkdv import masked, pointwise
 from hstu_compile.ops.kernels.attention_sm90_pairs import lists_of, load_bias
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
@@ -56,11 +56,12 @@ def dv_consumer(
             bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
             s = warpgroup_mma_wait(0, deps=(s,))
             release(q, done, STAGES)
-            p, g = pointwise(s, half_alpha, bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype)
+            x, g = pointwise(s, half_alpha, bias, dtype)
+            x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
             mbarrier.wait(grad_empty.index(0), (done & 1) ^ 1)
             grads.store(g)
             mbarrier.arrive(grad_full.index(0), count=1)
-            p = gl.convert_layout(p, p_layout)
+            p = gl.convert_layout(x, p_layout)
             for t in range(1, tiles):
                 query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
                 # do of the tile before first: the load that takes its place has the longest time.
@@ -72,9 +73,8 @@ def dv_consumer(
                 release(do, done, STAGES)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 release(q, done + 1, STAGES)
-                x, g = pointwise(
-                    s, half_alpha, next_bias, key0, query0, ones, whole, sequence, batch, pairs, FAMILY, dtype
-                )
+                x, g = pointwise(s, half_alpha, next_bias, dtype)
+                x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
                 mbarrier.wait(grad_empty.index(0), ((done + 1) & 1) ^ 1)
                 grads.store(g)
                 mbarrier.arrive(grad_full.index(0), count=1)

@@ -97,8 +97,8 @@ def consumer(
                     s = warpgroup_mma_wait(0, deps=(s,))
                     release(b, done, B_STAGES)
                     x = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
-                # Steady state: a tile's product under the scores of the next. x goes from round to round in 32 bits: halves
-                # of registers in 16 bits are packed again, one by one, between the products.
+                # Steady state: a tile's product under the scores of the next. x goes from round to round in 32 bits: of
+                # 16 bits, ptxas would pack the registers again, one by one, between the products.
                 for t in range(first + 1, tiles):
                     col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
                     p = gl.convert_layout(x.to(dtype), p_layout)
