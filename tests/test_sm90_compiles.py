@@ -92,7 +92,6 @@ def compiled(dim: int, dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, An
 SPILLS = {
     (64, "causal", "dqdkdv_kernel"): 8,
     (64, "everything", "dqdkdv_kernel"): 64,
-    (128, "causal", "dkdv_kernel"): 8,
     (192, "causal", "product_kernel GRAD"): 24,
     (256, "targets", "product_kernel GRAD"): 80,
 }
