@@ -144,7 +144,7 @@ def compatibility(rows: list[Row]) -> str:
             "Training step, bfloat16:",
             _markdown(header, steps),
             "Errors in bfloat16 against float32, divided by eager's own (budget: 2 for the output, 5 for a gradient):",
-            _markdown(["model", "variant", "recognised", "output", "worst gradient"], errors),
+            _markdown(["model", "variant", "fused", "output", "worst gradient"], errors),
         )
     )
 
