@@ -168,7 +168,7 @@ def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
     if seq_offsets is not None and attn_mask is None and attn_bias is None:
         batch = seq_offsets.numel()
-        sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), max_seq_len >= 0)
+        sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), batch > 0, max_seq_len >= 0)
     per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]
     cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:6]]
     return (

@@ -269,6 +269,7 @@ BAD_ARGUMENTS = [
     ({"attn_mask": torch.ones(6, 6)}, "shape of attn_mask"),
     ({"attn_bias": torch.ones(1, 1, 5, 5)}, "shape of attn_bias"),
     ({"attn_bias": torch.ones(1, 1, 6, 6, dtype=torch.int64)}, "dtype of attn_bias"),
+    ({"seq_offsets": torch.empty(0, dtype=torch.int64)}, r"shape of seq_offsets is \(0,\), expected \[B \+ 1\]"),
     ({"seq_offsets": None}, r"shape of q is \(8, 2, 16\), expected \[B, N, H, D\]"),
 ]
 
@@ -279,12 +280,14 @@ BAD_ARGUMENTS = [
 def test_bad_input_names_the_argument(change, message):
     q, k, v = slices(8, 16, 16, torch.float32, "packed")
     change = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in change.items()}
+    hstu_attention(q, k, v, **tensors(GOOD))  # what is remembered of it lets nothing pass
     with pytest.raises((ValueError, RuntimeError), match=message):
         hstu_attention(q, k, v, **tensors(GOOD | change))
 
 
 def test_mixed_dtypes_ranks_and_shapes():
     q, k, v = slices(8, 16, 16, torch.float32, "packed")
+    hstu_attention(q, k, v, **tensors(GOOD))
     for bad, message in (
         ((q, k.half(), v), "dtype of k is torch.float16, expected that of q"),
         ((q, k, v[:7]), "shape of v"),

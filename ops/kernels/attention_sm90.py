@@ -299,8 +299,8 @@ def ticket_sizes(
         slots, mean_length = total_rows // rows + sequences, total_rows // max(1, sequences)
     group = max(1, min(32, L2_BYTES // max(1, 4 * heads * width * mean_length)))
     tiles = slots * heads if sequences and max_seq_len else 0
-    tickets_too_many = max(1, tiles // (TICKETS * sms))
-    heads_a_ticket = math.gcd(heads, 1 << (tickets_too_many.bit_length() - 1))
+    wanted = max(1, tiles // (TICKETS * sms))  # tiles a ticket
+    heads_a_ticket = math.gcd(heads, 1 << (wanted.bit_length() - 1))
     tickets = tiles // heads_a_ticket
     sizes = {"N": max_seq_len, "num_sequences": sequences, "group": group, "tiles_per_seq": tiles_per_seq}
     return min(sms, tickets), sizes | {"num_tickets": tickets, "heads_a_ticket": heads_a_ticket}
