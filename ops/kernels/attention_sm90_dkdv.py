@@ -100,10 +100,10 @@ def consumer(
                     dv, p, s = warpgroup_mma_wait(1, deps=(dv, p, s))
                     release(do, done, STAGES)
                     x, g = pointwise(s, half_alpha, next_bias, dtype)
-                    dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
-                    release(q, done, STAGES)
                     x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
                     p = gl.convert_layout(x, p_layout)
+                    dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+                    release(q, done, STAGES)
                     done += 1
                 do_tile = wait_full(do, done, STAGES)
                 dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
