@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from eager_attention import eager_attention
 from error_budget import BACKWARD, FORWARD, assert_within_budget
+from torch import Tensor
 
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
 from hstu_compile.ops.kernels import attention_sm90
@@ -78,6 +79,11 @@ def compiled(dim: int, dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, An
     out = torch.empty(16, H, dim, dtype=dtype)
     call = {**NOTHING, "seq_offsets": torch.tensor([0, 16]), "max_seq_len": 16, "alpha": 0.5, "scale": 0.1}
     call |= {name: torch.tensor(value) if isinstance(value, list) else value for name, value in mask.items()}
+    return kernels_of(x, out, call)
+
+
+def kernels_of(x: Tensor, out: Tensor, call: dict[str, Any]) -> dict[str, Any]:
+    """What a forward and a backward of such inputs and results launch, by name and product, compiled for sm_90."""
     kernels = {}
     with compile_only.target(90):
         scratch, _ = attention_sm90.backward_scratch(x, x, attention_sm90.extent_of(x, call), call)
@@ -109,18 +115,23 @@ SPILLS = {
     ],
 )
 def test_compiles(dim: int, dtype: torch.dtype, mask: str) -> None:
-    import triton
-
     kernels = compiled(dim, dtype, MASKS[mask])
     assert len(kernels) == (2 if dim <= 64 else 3)
     for name, kernel in kernels.items():
-        resources = compile_only.resources(kernel)
-        assert resources.shared <= compile_only.SHARED_MEMORY[90], name
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor.5d" in kernel.asm["ptx"], name
-        waits = kernel.asm["ptx"].count("wgmma.wait_group")
-        assert compile_only.sass(kernel).count("WARPGROUP.DEPBAR") <= waits, f"{name}: ptxas waits for every wgmma"
-        if triton.__version__.startswith("3.6."):  # what it takes of registers, each release decides anew
-            assert resources.spilled <= SPILLS.get((dim, mask, name), 0), name
+        assert_fits(kernel, name, SPILLS.get((dim, mask, name), 0))
+
+
+def assert_fits(kernel: Any, name: str, spills: int) -> None:
+    """In shared memory, in registers but for so many bytes a thread, and so that no wgmma waits for another."""
+    import triton
+
+    resources = compile_only.resources(kernel)
+    assert resources.shared <= compile_only.SHARED_MEMORY[90], name
+    waits = kernel.asm["ptx"].count("wgmma.wait_group")
+    assert compile_only.sass(kernel).count("WARPGROUP.DEPBAR") <= waits, f"{name}: ptxas waits for every wgmma"
+    if triton.__version__.startswith("3.6."):  # what it takes of registers, each release decides anew
+        assert resources.spilled <= spills, name
 
 
 def test_changing_sizes_do_not_compile_again() -> None:

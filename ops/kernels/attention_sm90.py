@@ -19,7 +19,6 @@ MAX_DIM = 256
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
 MAX_COORDINATE = 0x7FFF0000
 ROW_LIMIT = 1 << 30  # as in attention_sm90_tiles
-PER_SEQUENCE = ("seq_offsets", "seq_lengths", "num_targets", "num_contextuals")
 MASK_SIZES = ("contextual_seq_len", "target_group_size", "max_attn_len", "min_full_attn_seq_len")
 
 ROWS = 64  # of a consumer
@@ -247,7 +246,7 @@ def extent_of(q: Tensor, call: dict[str, Any]) -> Extent:
 
 
 def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
-    return [call[name] for name in PER_SEQUENCE]
+    return [call[name] for name in kernels().per_sequence._fields]
 
 
 def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
