@@ -14,7 +14,7 @@ from hstu_compile.capture import NotCaptured, capture, graft, placeholders
 from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
 from hstu_compile.passes import apply
-from hstu_compile.passes.recompute import ROLES, recompute
+from hstu_compile.passes.recompute import ROLES, cached_apart, recompute
 from hstu_compile.passes.report import Region, Report, source_line
 from hstu_compile.verify import verified_once
 
@@ -53,7 +53,8 @@ def backend(
         if original is not None:  # from the graft on, the captured graph belongs to Inductor
             verified = functools.partial(verified_once, original, copy.deepcopy(captured))
         graft(captured, gm)
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
+    with cached_apart(_recomputed_roles(chosen)):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
     if verified:
         compiled = verified(compiled)
     return validation.values_checked()(compiled) if chosen.debug_checks else compiled

@@ -5,9 +5,11 @@ The nodes are named by the uvqk pass: `node.meta["hstu_compile_role"]`. Slices, 
 are recomputed too: else the partitioner saves them, which our ops and products read, and nothing is freed.
 """
 
+import contextlib
 import operator
 from collections.abc import Collection
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -35,6 +37,13 @@ def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> Non
         for node in tagged:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         part.recompile()
+
+
+def cached_apart(roles: Collection[str]) -> contextlib.AbstractContextManager[None]:
+    """Compile in it: AOTAutograd's cache keys leave node.meta out, and would serve a graph with other roles' tags."""
+    config = torch.compiler.config
+    tag = " ".join(filter(None, [config.cache_key_tag, *(f"recompute={role}" for role in sorted(roles))]))
+    return config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
 
 
 def _moves(node: fx.Node) -> bool:

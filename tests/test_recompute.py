@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import hstu_compile
 from bench.native_layer import HSTUStack
@@ -116,6 +118,26 @@ def test_casts_of_what_is_recomputed_are_not_saved(inductor: Compiled) -> None:
         ours = step(cast, options, inductor)
         assert plain.saved - ours.saved >= freed * layer.arguments[0].shape[:-1].numel()
         assert all(torch.equal(a, b) for a, b in zip(ours.values, plain.values, strict=True))
+
+
+def test_caches_on_disk_know_what_is_recomputed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their keys are of the graph without its metadata, where the tags are."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer = LAYERS["native"]
+
+    def saved(options: dict[str, bool]) -> tuple[int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        tensors: list[Tensor] = []
+        run = torch.compile(layer.model(), backend=hstu_compile.backend, options=options)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+            run(*layer.arguments).sum().backward()
+        return sum(t.numel() for t in tensors), counters["aot_autograd"]["autograd_cache_hit"]
+
+    (plain, plain_hits), (less, hits) = saved({}), saved(UVQK)
+    assert plain - less >= layer.arguments[0].shape[:-1].numel() * layer.projection
+    assert plain_hits == hits == 0
+    assert saved({}) == (plain, 1) and saved(UVQK) == (less, 1)
 
 
 @pytest.mark.cuda
