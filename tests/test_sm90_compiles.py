@@ -98,8 +98,7 @@ def kernels_of(x: Tensor, out: Tensor, call: dict[str, Any]) -> dict[str, Any]:
 SPILLS = {
     (64, "causal", "dqdkdv_kernel"): 8,
     (64, "everything", "dqdkdv_kernel"): 64,
-    (192, "causal", "product_kernel GRAD"): 24,
-    (256, "targets", "product_kernel GRAD"): 80,
+    (256, "targets", "product_kernel GRAD"): 32,
 }
 
 

@@ -48,15 +48,11 @@ def compiled(
 # the registers without a bias too.
 SPILLS: dict[tuple[Any, ...], int] = {
     (32, "product_kernel", FP16, FP32): 8,
-    (32, "dkdv_kernel", FP16, FP32): 8,
-    (64, "dkdv_kernel", BF16, BOOL): 8,
+    (64, "dkdv_kernel", BF16, BOOL): 16,
     (64, "product_kernel", FP32, None): 32,
-    (128, "dkdv_kernel", BF16, BOOL): 88,
-    (128, "dkdv_kernel", BF16, None): 112,
-    (128, "dkdv_kernel", None, FP32): 72,
-    (256, "product_kernel GRAD", BF16, None): 152,
+    (128, "dkdv_kernel", BF16, BOOL): 64,
     (256, "product_kernel", None, BOOL): 16,
-    (256, "product_kernel GRAD", None, BOOL): 208,
+    (256, "product_kernel GRAD", None, BOOL): 48,
 }
 
 

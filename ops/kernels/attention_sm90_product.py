@@ -48,6 +48,90 @@ def pointwise(
 
 
 @gluon.jit
+def silu_rounds(
+    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs, a, b, c,
+    FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """acc + f(a bT) c over the streamed tiles from `first` on, each tile's product under the scores of the next."""
+    dtype: gl.constexpr = a.tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
+    # First tile: nothing to overlap with yet.
+    col0, ones = streamed_row(first, tiles, spans, lists, COLS, False)
+    b_tile = wait_full(b, done, B_STAGES)
+    a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
+    a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
+    s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    release(b, done, B_STAGES)
+    x = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, False)
+    # x goes from round to round in 32 bits: of 16 bits, ptxas would pack the registers again, one by one, between the
+    # products.
+    for t in range(first + 1, tiles):
+        col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
+        p = gl.convert_layout(x.to(dtype), p_layout)
+        a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
+        b_next = wait_full(b, done + 1, B_STAGES)
+        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+        acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
+        next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        release(b, done + 1, B_STAGES)
+        x = pointwise(s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, False)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        release(c, done, C_STAGES)
+        done += 1
+    mbarrier.arrive(a.empty.index(W), count=1)  # the next a loads under the last product and the store
+    p = gl.convert_layout(x.to(dtype), p_layout)
+    acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    release(c, done, C_STAGES)
+    return acc, done + 1
+
+
+@gluon.jit
+def grad_rounds(
+    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs, a, da, b, c,
+    FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """acc + (f'(a bT) * (da cT)) b over the streamed tiles from `first` on.
+
+    One round after the other: the other consumer's products, three a round, are enough to work under.
+    """
+    dtype: gl.constexpr = a.tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    # Whether dp is asked for before silu': with a bias or a mask tensor it would spill.
+    EARLY: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
+    zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
+    for t in range(first, tiles):
+        col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
+        b_tile = wait_full(b, done, B_STAGES)
+        s = warpgroup_mma(resident(a.tiles, W), b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if EARLY:
+            c_tile = wait_full(c, done, C_STAGES)
+            dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
+        s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
+        g = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, True)
+        if not EARLY:
+            c_tile = wait_full(c, done, C_STAGES)
+            dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        release(c, done, C_STAGES)
+        ds = gl.convert_layout((g * dp).to(dtype), p_layout)
+        acc = warpgroup_mma(ds, b_tile, acc, is_async=True)
+        acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
+        release(b, done, B_STAGES)
+        done += 1
+    mbarrier.arrive(a.empty.index(W), count=1)
+    return acc, done
+
+
+@gluon.jit
 def consumer(
     out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
@@ -55,10 +139,7 @@ def consumer(
     IN_REGISTERS: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Rows W * ROWS ... of each output tile."""
-    dtype: gl.constexpr = a.tiles.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     done = 0  # b, c tiles so far
     visited = 0
     number = 0
@@ -77,73 +158,16 @@ def consumer(
             done = skip(b, c, done, first, B_STAGES, C_STAGES)
             if first < tiles:
                 whole = whole_tiles(row0, mask, pairs, FAMILY, False)
-                zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
-                # First tile: nothing to overlap with yet.
-                col0, ones = streamed_row(first, tiles, spans, lists, COLS, False)
-                b_tile = wait_full(b, done, B_STAGES)
-                a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
-                a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
-                s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
                 if GRAD:
-                    c_tile = wait_full(c, done, C_STAGES)
-                    dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    s = warpgroup_mma_wait(1, deps=(s,))
-                    g = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
-                    dp = warpgroup_mma_wait(0, deps=(dp,))
-                    release(c, done, C_STAGES)
-                    x = g * dp
+                    acc, done = grad_rounds(
+                        acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
+                        a, da, b, c, FAMILY, COLS, B_STAGES, C_STAGES, W,
+                    )  # fmt: skip
                 else:
-                    s = warpgroup_mma_wait(0, deps=(s,))
-                    release(b, done, B_STAGES)
-                    x = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD)
-                # Steady state: a tile's product under the scores of the next. x goes from round to round in 32 bits: of
-                # 16 bits, ptxas would pack the registers again, one by one, between the products.
-                for t in range(first + 1, tiles):
-                    col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
-                    p = gl.convert_layout(x.to(dtype), p_layout)
-                    a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
-                    if GRAD:
-                        # b of the tile before first: the load that takes its place has the longest time.
-                        acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
-                        b_next = wait_full(b, done + 1, B_STAGES)
-                        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
-                        c_next = wait_full(c, done + 1, C_STAGES)
-                        dp = warpgroup_mma(resident(da, W), c_next.permute((1, 0)), zero, use_acc=False, is_async=True)
-                        next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
-                        acc, p = warpgroup_mma_wait(2, deps=(acc, p))
-                        release(b, done, B_STAGES)
-                        s = warpgroup_mma_wait(1, deps=(s,))
-                        g = pointwise(
-                            s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD
-                        )
-                        dp = warpgroup_mma_wait(0, deps=(dp,))
-                        release(c, done + 1, C_STAGES)
-                        x = g * dp
-                    else:
-                        b_next = wait_full(b, done + 1, B_STAGES)
-                        s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
-                        acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
-                        next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
-                        s = warpgroup_mma_wait(1, deps=(s,))
-                        release(b, done + 1, B_STAGES)
-                        x = pointwise(
-                            s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, GRAD
-                        )
-                        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-                        release(c, done, C_STAGES)
-                    done += 1
-                mbarrier.arrive(a.empty.index(W), count=1)  # the next a loads under the last product and the store
-                p = gl.convert_layout(x.to(dtype), p_layout)
-                if GRAD:
-                    acc = warpgroup_mma(p, wait_full(b, done, B_STAGES), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    release(b, done, B_STAGES)
-                else:
-                    acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    release(c, done, C_STAGES)
-                done += 1
+                    acc, done = silu_rounds(
+                        acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
+                        a, b, c, FAMILY, COLS, B_STAGES, C_STAGES, IN_REGISTERS, W,
+                    )  # fmt: skip
             else:
                 mbarrier.arrive(a.empty.index(W), count=1)
         if row0 < sequence.stored:
