@@ -27,7 +27,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 HEAD_DIMS, SEQ_LENS = ((64, 128, 256), (1024, 2048, 4096, 8192)) if CUDA else ((32,), (64, 128))
 MATERIALISED = 2048  # longest sequence of which eager's [B, H, N, N] fits
 SETS = 2  # of inputs, each larger than the L2, used in turn
-SECONDS = 0.3  # of launches, for each problem and direction
+SECONDS = 0.2  # of launches, for each problem and direction
 HOST_CALLS = 16  # in one compiled graph
 
 
