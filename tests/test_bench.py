@@ -135,6 +135,27 @@ def test_small_tools(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert all(row["tflops"] > 0 and row["sustained_ms"] > 0 for row in rows)
 
 
+RACES = """
+========= Error: Race reported between Write access at product_kernel+0x2b0 in schedule.py:{give}
+=========     and Read access at product_kernel+0x780 in schedule.py:{take} [28 hazards]
+========= Error: Race reported between Read access at product_kernel+0x130 in product.py:{kernel}
+=========     and Write access at product_kernel+0xfff0 in product.py:{kernel} [3 hazards]
+========= Error: Race reported between Read access at product_kernel+0x130 in product.py:{inside}
+=========     and Write access at product_kernel+0xfff0 in schedule.py:{take} [1 hazards]
+========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)
+"""
+
+
+def test_races(tmp_path: Path) -> None:
+    """Of a known hand-over, of Triton's dispatch, and one that is neither."""
+    (tmp_path / "schedule.py").write_text("@jit\ndef hand_over():\n    1\n\n@jit\ndef take_over():\n    1\n")
+    (tmp_path / "product.py").write_text("@jit\ndef product_kernel(\n    x,\n):\n    1\n")
+    known, others = sanitize.judged(RACES.format(give=3, take=7, kernel=2, inside=5), tmp_path)
+    assert sorted(known.values()) == [1, 1] and sanitize.DISPATCH in known
+    assert len(others) == 1 and "product.py:5" in others[0]
+    assert sanitize.unseen_lanes("Write Thread (193,0,0) at ...\n" * 2) == {0, *range(2, 32)}
+
+
 def test_in_parallel() -> None:
     in_parallel(print, [])
     with pytest.raises(ZeroDivisionError):

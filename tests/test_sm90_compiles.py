@@ -147,8 +147,8 @@ def test_changing_sizes_do_not_compile_again() -> None:
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("name", ["mask_interval_cases.py", "mask_visit_cases.py"])
-def test_masks_are_the_formula(name: str) -> None:
+@pytest.mark.parametrize("name", ["mask_interval_cases.py", "mask_visit_cases.py", "slot_cases.py"])
+def test_in_the_interpreter(name: str) -> None:
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     cases = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]

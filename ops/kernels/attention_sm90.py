@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, run
+from hstu_compile.ops.kernels.slots import slots_of
 
 MAX_DIM = 256
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
@@ -251,18 +252,23 @@ def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
 
 def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
     """Five products: see attention_sm90_backward."""
-    sizes = functools.partial(dqdkdv_sizes, dq.shape[-2])
+    sizes = functools.partial(dqdkdv_sizes, run.call["seq_offsets"] is not None, dq.shape[-2])
     programs, numbers = sizes(extent_of(dq, run.call))
+    _, *numbers = numbers.values()
     added, sums = run.scratch
-    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, numbers["tiles_per_seq"])
+    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, *numbers)
     constants = {**constants, "FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernels().dqdkdv, programs, arguments, constants, sizes)
 
 
-def dqdkdv_sizes(heads: int, extent: Extent) -> tuple[int, dict[str, int]]:
-    tiles_per_seq = math.ceil(extent.max_seq_len / (2 * ROWS))
-    sizes = {"N": extent.max_seq_len, "tiles_per_seq": tiles_per_seq}
-    return tiles_per_seq * heads * extent.sequences, sizes
+def dqdkdv_sizes(jagged: bool, heads: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    """In the order of the kernel's arguments."""
+    tiles_per_seq, slots = slots_of(jagged, 2 * ROWS, extent)
+    return slots * heads, {
+        "N": extent.max_seq_len,
+        "num_sequences": extent.sequences,
+        "tiles_per_seq": tiles_per_seq,
+    }
 
 
 def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool) -> Launch:
@@ -292,12 +298,10 @@ def ticket_sizes(
 ) -> tuple[int, dict[str, int]]:
     """In the order of the kernels' arguments."""
     total_rows, sequences, max_seq_len = extent
-    tiles_per_seq = -(-max_seq_len // rows)
-    slots, mean_length = tiles_per_seq * sequences, max_seq_len
-    if jagged:
-        slots, mean_length = total_rows // rows + sequences, total_rows // max(1, sequences)
+    tiles_per_seq, slots = slots_of(jagged, rows, extent)
+    mean_length = total_rows // max(1, sequences) if jagged else max_seq_len
     group = max(1, min(32, L2_BYTES // max(1, 4 * heads * width * mean_length)))
-    tiles = slots * heads if sequences and max_seq_len else 0
+    tiles = slots * heads
     wanted = max(1, tiles // (TICKETS * sms))  # tiles a ticket
     heads_a_ticket = math.gcd(heads, 1 << (wanted.bit_length() - 1))
     tickets = tiles // heads_a_ticket

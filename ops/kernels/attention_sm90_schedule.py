@@ -1,19 +1,15 @@
 """Which output tile of attention comes next: every sequence's own tiles and no others, longest first.
 
-Tiles are dealt out by ticket. A ticket names a slot and a head (the fastest index: heads of one sequence share the L2),
-or several heads where there are very many tiles. Sequence z owns the slots from `first_slot(z)` on; in the jagged
-layout these starts need no prefix sum, since
-
-    ceil(length / ROWS) <= floor(end / ROWS) - floor(start / ROWS) + 1
-
-so at most one slot a sequence stays empty, however long the longest is. Within groups of sequences (as many as have
-keys and values that fit the L2 together) the longest tiles come first, so that the last ones are short.
+Tiles are dealt out by ticket. A ticket names a slot (see slots.py) and a head (the fastest index: heads of one sequence
+share the L2), or several heads where there are very many tiles. Within groups of sequences (as many as have keys and
+values that fit the L2 together) the longest tiles come first, so that the last ones are short.
 """
 
 from typing import Any, NamedTuple
 
 from hstu_compile.ops.kernels.attention_sm90_tiles import barriers, length_at
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier
+from hstu_compile.ops.kernels.slots import first_slot, owner_of
 
 
 class Tickets(NamedTuple):
@@ -34,14 +30,6 @@ class Queue(NamedTuple):
 
 
 @gluon.jit
-def first_slot(z, batch, tickets, ROWS: gl.constexpr):
-    if batch.each.seq_offsets is not None:
-        return (gl.load(batch.each.seq_offsets + z) // ROWS).to(gl.int32) + z
-    else:
-        return z * tickets.tiles_per_seq
-
-
-@gluon.jit
 def tile_of_ticket(ticket, tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
     """Number (sequence * heads + head) * tiles_per_seq + tile of the first output tile; -1 where the ticket has none.
 
@@ -51,22 +39,16 @@ def tile_of_ticket(ticket, tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexp
     tickets_a_slot = batch.num_heads // tickets.heads
     head = ticket % tickets_a_slot * tickets.heads
     slot = ticket // tickets_a_slot
-    low = 0
-    high = (tickets.num_sequences + tickets.group - 1) // tickets.group
-    while high - low > 1:  # the group that owns the slot, 32 probes at a time
-        step = (high - low + 31) // 32
-        probe = low + lanes * step
-        starts = first_slot(gl.minimum(probe, high - 1) * tickets.group, batch, tickets, ROWS)
-        low += (gl.sum(((probe < high) & (starts <= slot)).to(gl.int32), axis=0) - 1) * step
-        high = gl.minimum(low + step, high)
-    first = low * tickets.group
+    groups = (tickets.num_sequences + tickets.group - 1) // tickets.group
+    offsets = batch.each.seq_offsets
+    first = owner_of(slot, groups, tickets.group, offsets, tickets.tiles_per_seq, lanes, ROWS) * tickets.group
     z = first + lanes
     here = (lanes < tickets.group) & (z < tickets.num_sequences)
     tiles = tickets.tiles_per_seq
     if batch.each.seq_offsets is not None:
         tiles = (length_at(gl.where(here, z, first), batch) + ROWS - 1) // ROWS
     tiles = gl.where(here, tiles, 0)
-    rank = slot - first_slot(first, batch, tickets, ROWS)
+    rank = slot - first_slot(first, offsets, tickets.tiles_per_seq, ROWS)
     # A tile of lane i that is longer than t others of its sequence is item 32 t + i: the largest item that more than
     # `rank` tiles reach.
     low = 0

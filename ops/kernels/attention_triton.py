@@ -16,8 +16,10 @@ from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
 from hstu_compile.ops.kernels.attention_triton_dbias import dbias_kernel, sharers_kernel
 from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, product_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
+from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
+from hstu_compile.ops.kernels.slots import slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,6 +121,7 @@ class Call:
         self.lists: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
         self.sequences = {
+            "num_sequences": self.num_sequences,
             "sequences": Sequences(*(None if t is None else t.contiguous() for t in per_sequence)),
             "family": family_of(
                 causal,
@@ -160,8 +163,9 @@ class Call:
         return {"visits": visits, "ranks": ranks, "mask_batches": visits.shape[0], "mask_heads": visits.shape[1]}
 
     def programs(self, kept: int) -> int:
-        """One for every tile of the kept side, head and sequence."""
-        return triton.cdiv(self.max_seq_len, kept) * self.num_heads * self.num_sequences
+        """One for every slot of a tile of the kept side, and head."""
+        extent = Extent(self.q.shape[0], self.num_sequences, self.max_seq_len)
+        return slots_of(self.sequences["sequences"].offsets is not None, kept, extent)[1] * self.num_heads
 
     def product(
         self,
@@ -221,7 +225,7 @@ class Call:
         tiles = batches * heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
         counts = torch.empty(tiles, dtype=torch.int32, device=self.q.device)
         sharers = counts.new_empty(tiles, self.num_sequences // batches * (self.num_heads // heads))
-        lists = {"sharers_ptr": sharers, "counts_ptr": counts, "num_sequences": self.num_sequences}
+        lists = {"sharers_ptr": sharers, "counts_ptr": counts}
         lists |= {"bias_batches": batches, "bias_heads": heads, "ROWS": tile.rows, "COLS": tile.cols}
         occupied = self.occupied(tile.rows, tile.cols, by_keys=False)
         launch(sharers_kernel, self.q, tiles, tile._replace(num_warps=1), **self.sequences, **lists, **occupied)

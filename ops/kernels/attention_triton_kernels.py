@@ -28,9 +28,11 @@ from hstu_compile.ops.kernels.attention_tiles import (
 )
 from hstu_compile.ops.kernels.mask_tiles import key_spans, num_tiles, query_spans
 from hstu_compile.ops.kernels.silu import silu, silu_and_grad
+from hstu_compile.ops.kernels.slots import tile_of_program
 
 # What changes from call to call is never a reason to compile again.
 RUNTIME = [
+    "num_sequences",
     "mask_batches",
     "mask_heads",
     "N",
@@ -46,13 +48,13 @@ RUNTIME = [
 
 @triton.jit
 def program(
-    sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, TILE, LAST
+    sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
+    TILE, LAST,
 ):  # fmt: skip
-    """The tile of this program, its (sequence, first row, head), and their mask."""
-    tiles = tl.cdiv(N, TILE)
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % num_heads
-    batch = tl.program_id(0) // tiles // num_heads
+    """The tile of this program, its (sequence, first row, head), and their mask; it may be beyond the sequence."""
+    batch, head, tile, _ = tile_of_program(
+        num_heads, num_sequences, sequences.offsets, tl.cdiv(N, TILE), tl.arange(0, 32), TILE
+    )
     start, length = locate(sequences, batch, N)
     if LAST:  # the last tile first
         used_tiles = tl.cdiv(length, TILE)
@@ -72,6 +74,7 @@ def product_kernel(
     z_rows,
     out_rows,
     sequences,
+    num_sequences,
     mask,
     visits,
     ranks,
@@ -103,8 +106,8 @@ def product_kernel(
     # The last queries see the most keys, the first keys are seen by the most queries: longest first, so that the grid
     # does not end on one long tile.
     tile, at, m = program(
-        sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, KEPT,
-        not BY_KEYS,
+        sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
+        min_full_attn_seq_len, KEPT, not BY_KEYS,
     )  # fmt: skip
     kept0 = tile * KEPT
     if sequences.offsets is not None:
@@ -161,6 +164,7 @@ def dk_dv_kernel(
     dk_rows,
     dv_rows,
     sequences,
+    num_sequences,
     mask,
     visits,
     ranks,
@@ -182,7 +186,8 @@ def dk_dv_kernel(
 ):
     """dv = pT dout * scale and dk = dsT q * alpha * scale: `product_kernel` by keys, both products in one."""
     tile, at, m = program(
-        sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, COLS, False
+        sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
+        min_full_attn_seq_len, COLS, False,
     )  # fmt: skip
     col0 = tile * COLS
     if sequences.offsets is not None:
