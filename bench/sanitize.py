@@ -31,7 +31,7 @@ HAND_OVERS = {
     frozenset({"dv_consumer", "dk_consumer"}): "f' at head dim 256, from one consumer to the other",
 }
 RACE = re.compile(r"Race reported between \w+ access at (.+)\+0x\w+ in (\S+):(\d+)\n.*access at .+ in (\S+):(\d+) ")
-STORED = re.compile(r"Write Thread \((\d+),")
+STORED = re.compile(r"RAW hazard .*\n=+ +Write Thread \((\d+),")
 
 
 def main(device: torch.device, head_dims: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -22,9 +22,9 @@ ROWS, HEADS = 4, 3
 
 
 @triton.jit
-def kernel(out, seq_offsets, num_sequences, num_heads, tiles_per_seq, ROWS: tl.constexpr):
+def kernel(out, seq_offsets, num_sequences, num_heads, slots_per_seq, ROWS: tl.constexpr):
     lanes = tl.arange(0, 32)
-    z, head, tile, slots = tile_of_program(num_heads, num_sequences, seq_offsets, tiles_per_seq, lanes, ROWS)
+    z, head, tile, slots = tile_of_program(num_heads, num_sequences, seq_offsets, slots_per_seq, lanes, ROWS)
     tl.store(out + tl.program_id(0) * 4 + 0, z)
     tl.store(out + tl.program_id(0) * 4 + 1, head)
     tl.store(out + tl.program_id(0) * 4 + 2, tile)
@@ -38,13 +38,13 @@ def kernel(out, seq_offsets, num_sequences, num_heads, tiles_per_seq, ROWS: tl.c
 def test_every_tile_once(lengths: list[int], unused: int, jagged: bool) -> None:
     longest, rows = max(lengths), sum(lengths) + unused
     extent = Extent(rows if jagged else len(lengths), len(lengths), longest)
-    tiles_per_seq, slots = slots_of(jagged, ROWS, extent)
+    slots = slots_of(jagged, ROWS, extent)
     tiles = [-(-(n if jagged else longest) // ROWS) for n in lengths]
-    assert slots <= (rows // ROWS + len(lengths) if jagged else sum(tiles))
-    out = torch.full((slots * HEADS, 4), -7)
+    assert slots.number <= (rows // ROWS + len(lengths) if jagged else sum(tiles))
+    out = torch.full((slots.number * HEADS, 4), -7)
     if len(out):
         offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)) if jagged else None
-        kernel[(len(out),)](out, offsets, len(lengths), HEADS, tiles_per_seq, ROWS)
+        kernel[(len(out),)](out, offsets, len(lengths), HEADS, slots.slots_per_seq, ROWS)
     owned = [(z, head, tile) for z, head, tile, _ in out.tolist() if tile < tiles[z]]
     assert owned == [(z, head, tile) for z, n in enumerate(tiles) for head in range(HEADS) for tile in range(n)]
     for z, head, tile, of in out.tolist():

@@ -153,7 +153,9 @@ def test_races(tmp_path: Path) -> None:
     known, others = sanitize.judged(RACES.format(give=3, take=7, kernel=2, inside=5), tmp_path)
     assert sorted(known.values()) == [1, 1] and sanitize.DISPATCH in known
     assert len(others) == 1 and "product.py:5" in others[0]
-    assert sanitize.unseen_lanes("Write Thread (193,0,0) at ...\n" * 2) == {0, *range(2, 32)}
+    hazard = "= Potential {} hazard detected\n=== {} Thread (193,0,0) at\n"
+    stored, overwritten = hazard.format("RAW", "    Write"), hazard.format("WAR", "    Write")
+    assert sanitize.unseen_lanes(stored * 2 + overwritten.replace("193", "194")) == {0, *range(2, 32)}
 
 
 def test_in_parallel() -> None:

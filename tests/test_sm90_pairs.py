@@ -49,7 +49,7 @@ def compiled(
 SPILLS: dict[tuple[Any, ...], int] = {
     (32, "product_kernel", FP16, FP32): 8,
     (64, "dkdv_kernel", BF16, BOOL): 16,
-    (64, "product_kernel", FP32, None): 32,
+    (64, "product_kernel", FP32, None): 56,
     (128, "dkdv_kernel", BF16, BOOL): 64,
     (256, "product_kernel", None, BOOL): 16,
     (256, "product_kernel GRAD", None, BOOL): 48,

@@ -18,13 +18,13 @@ def tiles_kernel():
     from hstu_compile.ops.kernels.attention_sm90_tiles import Batch
     from hstu_compile.ops.kernels.gluon_compat import gl, gluon
 
-    @gluon.jit(do_not_specialize=["N", "num_heads", "num_sequences", "group", "tiles_per_seq", "num_tickets", "heads"])
+    @gluon.jit(do_not_specialize=list(range(2, 10)))
     def kernel(
-        out, each, N, num_heads, num_sequences, group, tiles_per_seq, num_tickets, heads,
+        out, each, N, num_heads, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads,
         ROWS: gl.constexpr, KEYS: gl.constexpr,
     ):  # fmt: skip
         batch = Batch(each, N, N, num_heads, 0, 1, 0, 0)
-        tickets = Tickets(out, num_sequences, group, tiles_per_seq, num_tickets, heads)
+        tickets = Tickets(out, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads)
         gl.store(out + gl.program_id(0), tile_of_ticket(gl.program_id(0), tickets, batch, ROWS, KEYS))
 
     return kernel
@@ -33,16 +33,19 @@ def tiles_kernel():
 def drawn(lengths: list[int], group: int, heads: int, *, jagged: bool, keys: bool) -> list[tuple[int, int, int]]:
     """(sequence, head, tile) of all tickets in order, of so many heads each."""
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
+    from hstu_compile.ops.kernels.launch import Extent
+    from hstu_compile.ops.kernels.slots import slots_of
 
     N = max(lengths)
-    tiles_per_seq = math.ceil(N / ROWS)
     offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).cuda()
-    slots = sum(lengths) // ROWS + len(lengths) if jagged else tiles_per_seq * len(lengths)
+    slots = slots_of(jagged, ROWS, Extent(sum(lengths) if jagged else len(lengths), len(lengths), N))
+    tiles_per_seq = slots.tiles_per_seq
     each = PerSequence(offsets if jagged else None, None, None, None)
-    out = torch.full((slots * HEADS // heads,), -7, dtype=torch.int32, device="cuda")
+    out = torch.full((slots.number * HEADS // heads,), -7, dtype=torch.int32, device="cuda")
     tiles_kernel()[(len(out),)](
-        out, each, N, HEADS, len(lengths), group, tiles_per_seq, len(out), heads, ROWS=ROWS, KEYS=keys, num_warps=1
-    )
+        out, each, N, HEADS, len(lengths), group, tiles_per_seq, slots.slots_per_seq, len(out), heads,
+        ROWS=ROWS, KEYS=keys, num_warps=1,
+    )  # fmt: skip
     tiles = [int(tile) + head * tiles_per_seq for tile in out.tolist() if tile != -1 for head in range(heads)]
     return [(t // tiles_per_seq // HEADS, t // tiles_per_seq % HEADS, t % tiles_per_seq) for t in tiles]
 

@@ -71,11 +71,11 @@ class Sums(NamedTuple):
 
 
 @gluon.jit
-def key_tile_of(num_sequences, tiles_per_seq, batch):
+def key_tile_of(num_sequences, slots_per_seq, batch):
     """Number of the head and of its key tile that this program owns; they descend."""
     lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     z, head, tile, tiles = tile_of_program(
-        batch.num_heads, num_sequences, batch.each.seq_offsets, tiles_per_seq, lanes, 2 * ROWS
+        batch.num_heads, num_sequences, batch.each.seq_offsets, slots_per_seq, lanes, 2 * ROWS
     )
     return z * batch.num_heads + head, gl.where(tile < tiles, tiles - 1 - tile, tiles)
 
@@ -117,7 +117,7 @@ def hand_over(ds, buffers, bars, t, W: gl.constexpr):
 
 @gluon.jit
 def key_partition(
-    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, num_sequences, tiles_per_seq,
+    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, index, key_tile,
     buffers, bars, FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
     COLS: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,6 @@ def key_partition(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
-    index, key_tile = key_tile_of(num_sequences, tiles_per_seq, batch)
     sequence = sequence_of(index, batch)
     key0 = key_tile * 2 * ROWS + W * ROWS
     dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
@@ -192,13 +191,12 @@ def wait_until(counter, count):
 
 @gluon.jit
 def query_partition(
-    q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, dq_factor, batch, num_sequences, tiles_per_seq, sums,
-    buffers, bars, FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, dq_factor, batch, index, key_tile, tiles_per_seq,
+    sums, buffers, bars, FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr,
     COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Loads; adds dq in parts of 64 queries."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    index, key_tile = key_tile_of(num_sequences, tiles_per_seq, batch)
     sequence = sequence_of(index, batch)
     key0 = key_tile * 2 * ROWS
     zero = gl.zeros((64, D), dtype=gl.float32, layout=layout)
@@ -268,7 +266,7 @@ def dqdkdv_kernel(
     q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, sums, added, dk_out, dv_out, dk_stride, dv_stride,
     half_alpha, factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    num_sequences, tiles_per_seq, FAMILY: gl.constexpr,
+    num_sequences, tiles_per_seq, slots_per_seq, FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
     COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -301,14 +299,15 @@ def dqdkdv_kernel(
         mbarrier.init(bars.ds_full.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(bars.ds_empty.index(i), count=1)
+    index, key_tile = key_tile_of(num_sequences, slots_per_seq, batch)
     # Twelve warps of 168 registers: 208 for each thread of the keys, 88 for those of the queries.
     gl.warp_specialize(
         [
-            (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, num_sequences,
-                             tiles_per_seq, buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
-            (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, num_sequences,
-                             tiles_per_seq, buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
-            (query_partition, (q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, factor, batch, num_sequences,
+            (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, index,
+                             key_tile, buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
+            (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, index,
+                             key_tile, buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
+            (query_partition, (q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, factor, batch, index, key_tile,
                                tiles_per_seq, Sums(sums, added), buffers, bars, FAMILY, K_DIM, D, COLS, STAGES)),
         ],
         [4, 4],

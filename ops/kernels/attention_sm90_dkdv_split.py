@@ -117,14 +117,15 @@ def dk_consumer(
 def dkdv_split_kernel(
     q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    pairs, counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket, FAMILY: gl.constexpr,
+    pairs, counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket,
+    FAMILY: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
     )
-    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket)
+    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket)
     k = ring(k_desc, 1, 2, 2)
     v = gl.allocate_shared_memory(k_desc.dtype, k.tiles.shape, v_desc.layout)
     q = ring(q_desc, STAGES, 1, 2)

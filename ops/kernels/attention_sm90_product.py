@@ -179,7 +179,8 @@ def consumer(
 def product_kernel(
     a_desc, da_desc, b_desc, c_desc, out, row_stride, half_alpha, factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    pairs, counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket, FAMILY: gl.constexpr,
+    pairs, counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket,
+    FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +188,7 @@ def product_kernel(
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
     )
-    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, num_tickets, heads_a_ticket)
+    tickets = Tickets(counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket)
     a = ring(a_desc, 2, 2 if GRAD else 1, 1)  # a stage a consumer
     if GRAD:
         da = gl.allocate_shared_memory(a_desc.dtype, a.tiles.shape, da_desc.layout)

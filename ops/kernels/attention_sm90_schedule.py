@@ -17,6 +17,7 @@ class Tickets(NamedTuple):
     num_sequences: Any
     group: Any  # sequences whose tiles are ordered together, at most 32: one a lane
     tiles_per_seq: Any  # of the longest
+    slots_per_seq: Any
     number: Any  # of tickets
     heads: Any  # a ticket
 
@@ -41,14 +42,14 @@ def tile_of_ticket(ticket, tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexp
     slot = ticket // tickets_a_slot
     groups = (tickets.num_sequences + tickets.group - 1) // tickets.group
     offsets = batch.each.seq_offsets
-    first = owner_of(slot, groups, tickets.group, offsets, tickets.tiles_per_seq, lanes, ROWS) * tickets.group
+    first = owner_of(slot, groups, tickets.group, offsets, tickets.slots_per_seq, lanes, ROWS) * tickets.group
     z = first + lanes
     here = (lanes < tickets.group) & (z < tickets.num_sequences)
     tiles = tickets.tiles_per_seq
     if batch.each.seq_offsets is not None:
         tiles = (length_at(gl.where(here, z, first), batch) + ROWS - 1) // ROWS
     tiles = gl.where(here, tiles, 0)
-    rank = slot - first_slot(first, offsets, tickets.tiles_per_seq, ROWS)
+    rank = slot - first_slot(first, offsets, tickets.slots_per_seq, ROWS)
     # A tile of lane i that is longer than t others of its sequence is item 32 t + i: the largest item that more than
     # `rank` tiles reach.
     low = 0

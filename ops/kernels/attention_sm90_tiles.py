@@ -25,6 +25,7 @@ RUNTIME = [
     "batch_rows",
     "num_heads",
     "tiles_per_seq",
+    "slots_per_seq",
     "num_sequences",
     "group",
     "num_tickets",

@@ -19,7 +19,7 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
-from hstu_compile.ops.kernels.slots import slots_of
+from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -162,10 +162,10 @@ class Call:
         visits, ranks = self.lists[key]
         return {"visits": visits, "ranks": ranks, "mask_batches": visits.shape[0], "mask_heads": visits.shape[1]}
 
-    def programs(self, kept: int) -> int:
-        """One for every slot of a tile of the kept side, and head."""
+    def slots(self, kept: int) -> Slots:
+        """For tiles of the kept side."""
         extent = Extent(self.q.shape[0], self.num_sequences, self.max_seq_len)
-        return slots_of(self.sequences["sequences"].offsets is not None, kept, extent)[1] * self.num_heads
+        return slots_of(self.sequences["sequences"].offsets is not None, kept, extent)
 
     def product(
         self,
@@ -182,12 +182,14 @@ class Call:
     ) -> None:
         """out from `product_kernel`; by keys, the tile's rows are keys and its columns queries."""
         kept, streamed = tile.rows, tile.cols
+        slots = self.slots(kept)
         operands = {"x_rows": x, "y_rows": y, "dx_rows": dx, "dy_rows": dy, "z_rows": z, "out_rows": out}
         launch(
             product_kernel,
             self.q,
-            self.programs(kept),
+            slots.number * self.num_heads,
             tile,
+            slots_per_seq=slots.slots_per_seq,
             **self.shared,
             **{name: None if t is None else rows_of(t) for name, t in operands.items()},
             **self.occupied(*((streamed, kept) if by_keys else (kept, streamed)), by_keys=by_keys),
@@ -198,6 +200,7 @@ class Call:
         )
 
     def dk_dv(self, tile: Tile, dout: Tensor, dk: Tensor, dv: Tensor) -> None:
+        slots = self.slots(tile.cols)
         operands = {
             "q_rows": self.q,
             "k_rows": self.k,
@@ -209,8 +212,9 @@ class Call:
         launch(
             dk_dv_kernel,
             self.q,
-            self.programs(tile.cols),
+            slots.number * self.num_heads,
             tile,
+            slots_per_seq=slots.slots_per_seq,
             **self.shared,
             **{name: rows_of(t) for name, t in operands.items()},
             **self.occupied(tile.rows, tile.cols, by_keys=True),

@@ -32,6 +32,7 @@ from hstu_compile.ops.kernels.slots import tile_of_program
 
 # What changes from call to call is never a reason to compile again.
 RUNTIME = [
+    "slots_per_seq",
     "num_sequences",
     "mask_batches",
     "mask_heads",
@@ -48,12 +49,12 @@ RUNTIME = [
 
 @triton.jit
 def program(
-    sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
-    TILE, LAST,
+    slots_per_seq, sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
+    min_full_attn_seq_len, TILE, LAST,
 ):  # fmt: skip
     """The tile of this program, its (sequence, first row, head), and their mask; it may be beyond the sequence."""
     batch, head, tile, _ = tile_of_program(
-        num_heads, num_sequences, sequences.offsets, tl.cdiv(N, TILE), tl.arange(0, 32), TILE
+        num_heads, num_sequences, sequences.offsets, slots_per_seq, tl.arange(0, 32), TILE
     )
     start, length = locate(sequences, batch, N)
     if LAST:  # the last tile first
@@ -73,6 +74,7 @@ def product_kernel(
     dy_rows,
     z_rows,
     out_rows,
+    slots_per_seq,
     sequences,
     num_sequences,
     mask,
@@ -106,7 +108,7 @@ def product_kernel(
     # The last queries see the most keys, the first keys are seen by the most queries: longest first, so that the grid
     # does not end on one long tile.
     tile, at, m = program(
-        sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
+        slots_per_seq, sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
         min_full_attn_seq_len, KEPT, not BY_KEYS,
     )  # fmt: skip
     kept0 = tile * KEPT
@@ -163,6 +165,7 @@ def dk_dv_kernel(
     dout_rows,
     dk_rows,
     dv_rows,
+    slots_per_seq,
     sequences,
     num_sequences,
     mask,
@@ -186,7 +189,7 @@ def dk_dv_kernel(
 ):
     """dv = pT dout * scale and dk = dsT q * alpha * scale: `product_kernel` by keys, both products in one."""
     tile, at, m = program(
-        sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
+        slots_per_seq, sequences, num_sequences, N, num_heads, contextual_seq_len, target_group_size, max_attn_len,
         min_full_attn_seq_len, COLS, False,
     )  # fmt: skip
     col0 = tile * COLS
