@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hstu_compile.ops.kernels.launch import Extent, Launch, run
+from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
 from hstu_compile.ops.kernels.slots import slots_of
 
 MAX_DIM = 256
@@ -125,7 +125,8 @@ def backward(
     **call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, if asked for, dbias, contiguous; keywords as in `forward`."""
-    dq, dk, dv = grads = tuple([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)])
+    contiguous = torch.contiguous_format
+    dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=contiguous) for t in (q, k, v)])
     if dq.numel():
         extent = extent_of(q, call)
         scratch, num_zeros = backward_scratch(q, v, extent, call)
@@ -141,11 +142,6 @@ def backward(
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
     return dq, dk, dv, dbias(dout, q, k, v, **call)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward_launches(

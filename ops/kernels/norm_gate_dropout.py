@@ -3,13 +3,20 @@
 A tile is ROWS x one norm group, held in registers. The backward recomputes mean and deviation from the tile, which it
 holds anyway, and regenerates the dropout mask from the seed: nothing but the operands is saved. Its programs stay, as
 many as a multiprocessor holds at once, each with one group, and copy the next tiles to shared memory while they work on
-this one. Each sums its own share of dweight and dbias; a small second reduction adds the shares: no atomics.
+this one. Each sums its own share of dweight and dbias; a small second kernel adds the shares: no atomics.
 """
+
+import functools
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
+from hstu_compile.ops.kernels.sum_shares import sum_launches
 
 FORWARD_ELEMENTS = 16  # a thread: two 16-byte loads of 16-bit data
 BACKWARD_ELEMENTS = 8  # a thread: with 16, some 200 registers are live
@@ -189,24 +196,28 @@ def backward_kernel(
         tl.store(own + programs * ROW_WIDTH, tl.sum(dbias, axis=0), mask=in_group < WIDTH)
 
 
-def launch_tile(width: int, elements: int) -> dict[str, int]:
+def tile_of(width: int, elements: int) -> dict[str, int]:
     """The tile of groups of this width, with `elements` a thread as far as MAX_WARPS allow."""
-    block = max(triton.next_power_of_2(width), 16)
+    block = max(1 << (width - 1).bit_length(), 16)
     warps = min(max(block // (32 * elements), 4), MAX_WARPS)
     return dict(ROWS=max(32 * elements * warps // block, 1), BLOCK=block, num_warps=warps)
 
 
-def backward_launch(width: int, bytes_per_element: int) -> dict[str, int]:
+def backward_tile(width: int, bytes_per_element: int) -> dict[str, int]:
     """Tile and buffers; bytes_per_element: of all that is loaded."""
-    launch = launch_tile(width, BACKWARD_ELEMENTS)
-    loaded = launch["ROWS"] * launch["BLOCK"] * bytes_per_element * (MAX_WARPS // launch["num_warps"])
-    return dict(launch, BUFFERS=min(SHARED_MEMORY // loaded, MAX_BUFFERS), maxnreg=BACKWARD_REGISTERS)
+    tile = tile_of(width, BACKWARD_ELEMENTS)
+    loaded = tile["ROWS"] * tile["BLOCK"] * bytes_per_element * (MAX_WARPS // tile["num_warps"])
+    return dict(tile, BUFFERS=min(SHARED_MEMORY // loaded, MAX_BUFFERS), maxnreg=BACKWARD_REGISTERS)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """[T, H, D] with any row and head stride; columns must be contiguous."""
-    t = t if t.dim() == 3 else t.unsqueeze(1)
-    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+def readable(t: Tensor) -> Tensor:
+    """Columns must be contiguous."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def strides_and_columns(t: Tensor) -> tuple[int, int, int]:
+    """Strides of rows and heads, and columns of a head, of [T, W] or [T, H, D]."""
+    return (*t.stride()[:2], t.shape[2]) if t.dim() == 3 else (t.stride(0), 0, t.shape[1])
 
 
 def _affine_strides(t: Tensor | None, groups: int, width: int) -> tuple[int, int]:
@@ -220,9 +231,11 @@ def kernel_arguments(
     norm_eps: float, num_groups: int, rms: bool, activation: str, concat_u: bool, concat_x: bool, concat_norm: bool,
     dropout_ratio: float, out_dtype: torch.dtype,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
-    """Tensors, scalars and compile-time values, as both kernels take them; the launch is each kernel's own."""
-    a, u = _rows(a), _rows(u)
-    width = a.shape[1] * a.shape[2] // num_groups
+    """Tensors, scalars and compile-time values, as both kernels take them; the tile is each kernel's own."""
+    width = a.shape[1:].numel() // num_groups
+    a, u = readable(a), readable(u)
+    a_row, a_head, a_head_dim = strides_and_columns(a)
+    u_row, u_head, u_head_dim = strides_and_columns(u)
     # One pair of strides serves weight and bias: bring both to the same shape.
     if weight is not None and bias is not None and weight.shape != bias.shape:
         weight, bias = (t.expand(num_groups, width).contiguous() for t in (weight, bias))
@@ -230,9 +243,9 @@ def kernel_arguments(
     given = weight if weight is not None else bias
     group_stride, column_stride = _affine_strides(given, num_groups, width)
     threshold, scale = min(round(dropout_ratio * 2**31), 2**31 - 1), 1.0 / (1.0 - dropout_ratio)
-    scalars = (a.shape[0], a.stride(0), a.stride(1), u.stride(0), u.stride(1), norm_eps, threshold, scale)
+    scalars = (a.shape[0], a_row, a_head, u_row, u_head, norm_eps, threshold, scale)
     constants = dict(
-        GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a.shape[2], U_HEAD_DIM=u.shape[2],
+        GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a_head_dim, U_HEAD_DIM=u_head_dim,
         AFFINE_GROUP=group_stride, AFFINE_COLUMN=column_stride, RMS=rms, ACTIVATION=activation,
         CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
     )  # fmt: skip
@@ -240,43 +253,68 @@ def kernel_arguments(
 
 
 def forward(
-    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, **named
-):
-    """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`."""
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, *,
+    memory: dict[Hashable, Any] | None = None, **named: Any,
+) -> None:  # fmt: skip
+    """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`.
+
+    memory: the same for all calls, and no others, whose launches differ at most in addresses and T.
+    """
+    extent = Extent(a.shape[0])
+
+    def launches() -> list[Launch]:
+        return [forward_launch(a, u, weight, bias, seed, out, extent, **named)]
+
+    run(memory, "forward", [a, u, weight, bias, seed, out], extent, launches)
+
+
+def forward_launch(
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, extent: Extent,
+    **named: Any,
+) -> Launch:  # fmt: skip
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    launch = launch_tile(constants["WIDTH"], FORWARD_ELEMENTS)
-    grid = triton.cdiv(a.shape[0], launch["ROWS"]) * constants["GROUPS"]
-    if grid:
-        with torch.cuda.device_of(a):
-            forward_kernel[(grid,)](*tensors, out, *scalars, **constants, **launch)
+    tile = tile_of(constants["WIDTH"], FORWARD_ELEMENTS)
+    sizes = functools.partial(forward_sizes, tile["ROWS"], constants["GROUPS"])
+    return Launch(forward_kernel, sizes(extent)[0], (*tensors, out, *scalars), constants | tile, sizes)
+
+
+def forward_sizes(tile_rows: int, groups: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    return -(-extent.rows // tile_rows) * groups, {"T": extent.rows}
 
 
 def backward(
-    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, **named
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """da, du, dweight, dbias."""
-    tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    groups, pieces = constants["GROUPS"], 1 + sum(constants[c] for c in ("CONCAT_U", "CONCAT_X", "CONCAT_NORM"))
-    launch = backward_launch(constants["WIDTH"], a.itemsize + u.itemsize + pieces * dy.itemsize)
-    resident = MAX_WARPS // launch["num_warps"] * _multiprocessors(a)
-    programs = min(triton.cdiv(a.shape[0], launch["ROWS"]), max(resident // groups, 1))
-    da, du = a.new_empty(a.shape), u.new_empty(u.shape)
+    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
+    memory: dict[Hashable, Any] | None = None, **named: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """da, du, dweight, dbias; see `forward`."""
+    groups, extent = named["num_groups"], Extent(a.shape[0])
+    width = a.shape[1:].numel() // groups
+    pieces = 1 + named["concat_u"] + named["concat_x"] + named["concat_norm"]
+    tile = backward_tile(width, a.itemsize + u.itemsize + pieces * dy.itemsize)
+    resident = MAX_WARPS // tile["num_warps"] * processors(a.device)
+    programs = functools.partial(row_programs, tile["ROWS"], max(resident // groups, 1))
+    da, du, dweight, dbias = grads = [
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, u, weight, bias)
+    ]
     shares = None
     if weight is not None or bias is not None:
-        shares = a.new_empty(2, programs, groups, constants["WIDTH"], dtype=torch.float32)
-    if programs:
-        with torch.cuda.device_of(a):
-            operands = (dy.contiguous(), *tensors, da, du, shares)
-            backward_kernel[(programs * groups,)](*operands, *scalars, **constants, **launch)
-    if shares is None:
-        return da, du, None, None
-    totals = shares.sum(1)
-    dweight, dbias = (
-        None if t is None else total.sum_to_size(t.shape).to(t.dtype)
-        for t, total in ((weight, totals[0]), (bias, totals[1]))
-    )
-    return da, du, dweight, dbias
+        shares = torch.empty(2, programs(extent), groups, width, dtype=torch.float32, device=a.device)
+
+    def launches() -> list[Launch]:
+        tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
+        sizes = functools.partial(backward_sizes, programs, groups)
+        arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars)
+        first = Launch(backward_kernel, sizes(extent)[0], arguments, constants | tile, sizes)
+        return [first] if shares is None else [first, *sum_launches(shares, dweight, dbias, programs, extent)]
+
+    run(memory, (dy.dtype, dy.stride()), [dy, a, u, weight, bias, seed, *grads, shares], extent, launches)
+    return tuple(grads)
 
 
-def _multiprocessors(t: Tensor) -> int:
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
+def row_programs(tile_rows: int, most: int, extent: Extent) -> int:
+    """Programs of the backward for each group."""
+    return min(-(-extent.rows // tile_rows), most)
+
+
+def backward_sizes(programs: Any, groups: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    return programs(extent) * groups, {"T": extent.rows}
