@@ -264,7 +264,7 @@ def test_kernel(variant, dtype):
 def test_kernel_takes_many_tiles_a_program(variant, monkeypatch):
     from hstu_compile.ops.kernels import norm_gate_dropout as module
 
-    monkeypatch.setattr(module, "_multiprocessors", lambda t: 1)
+    monkeypatch.setattr(module, "processors", lambda device: 1)
     (a, u, *affine), options = operands(variant, torch.bfloat16)
     tensors = [a.repeat(6, 1), u.repeat(6, 1), *affine]
     ours = kernel(tensors, options)

@@ -14,6 +14,8 @@ COLUMNS = 32  # of a tile whose columns are sums of their own: a line of memory
 MAX_COLUMNS = 512  # of a tile that is one sum
 WARPS = 8
 
+Programs = Callable[[Extent], int]  # how many programs have a share
+
 
 @triton.jit
 def sum_columns(shares, out, tile, rows, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
@@ -51,7 +53,7 @@ def sum_shares_kernel(
 
 
 def sum_launches(
-    shares: Tensor, first: Tensor | None, second: Tensor | None, programs: Callable[[Extent], int], extent: Extent
+    shares: Tensor, first: Tensor | None, second: Tensor | None, programs: Programs, extent: Extent
 ) -> list[Launch]:
     """shares [2, programs(extent), groups, width] fp32, summed to the shapes of `first` and `second`.
 
@@ -74,7 +76,5 @@ def sum_launches(
     return [Launch(sum_shares_kernel, number, (shares, first, second, rows["rows"]), constants, sizes)]
 
 
-def sum_sizes(
-    programs: Callable[[Extent], int], rows_a_program: int, number: int, extent: Extent
-) -> tuple[int, dict[str, int]]:
+def sum_sizes(programs: Programs, rows_a_program: int, number: int, extent: Extent) -> tuple[int, dict[str, int]]:
     return number, {"rows": programs(extent) * rows_a_program}
