@@ -110,7 +110,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
             zeros = kernels().zero_launch((out,), call["seq_offsets"], extent, scratch[0])
             return [zeros, *forward_launches(q, k, v, out, scratch, processors(q.device), **call)]
 
-        run(remembered(memory, call), "forward", [q, k, v, out, *scratch, *per_sequence(call)], extent, launches)
+        tensors = [q, k, v, out, *scratch, *per_sequence(call), call["attn_bias"]]
+        run(remembered(memory, call), "forward", tensors, extent, launches)
     return out
 
 
@@ -136,7 +137,8 @@ def backward(
             return [zeros, *backward_launches(dout, q, k, v, *grads, scratch, processors(q.device), **call)]
 
         key = (dout.dtype, dout.shape[1:], dout.stride())
-        run(remembered(memory, call), key, [dout, q, k, v, *grads, *scratch, *per_sequence(call)], extent, launches)
+        tensors = [dout, q, k, v, *grads, *scratch, *per_sequence(call), call["attn_bias"]]
+        run(remembered(memory, call), key, tensors, extent, launches)
     if not needs_bias_grad or call["attn_bias"] is None:
         return dq, dk, dv, None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
@@ -204,7 +206,7 @@ def in_one_kernel(width: int, call: dict[str, Any]) -> bool:
 
 def remembered(memory: dict[Hashable, Any] | None, call: dict[str, Any]) -> dict[Hashable, Any] | None:
     """Calls with a mask tensor make lists of its tiles, and what is remembered of a call knows no such tensors."""
-    return None if has_pairs(call) else memory
+    return memory if call["attn_mask"] is None else None
 
 
 COUNTER = 4  # elements: 16 bytes
