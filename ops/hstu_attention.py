@@ -1,12 +1,14 @@
 """`hstu_compile::hstu_attention`: HSTU attention, jagged or dense, with its backward, as a torch.library op."""
 
 from collections.abc import Hashable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from hstu_compile.ops import kernel_table
+from hstu_compile.ops.call_kinds import Kinds
+from hstu_compile.ops.composite import register_composite
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
 from hstu_compile.ops.validation import check_attention_arguments, check_attention_values, checks_values
 
@@ -42,9 +44,6 @@ torch.library.define(
     "hstu_compile::hstu_attention_backward",
     f"(Tensor dout, {SCHEMA}, bool needs_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-_library = torch.library.Library("hstu_compile", "FRAGMENT")
-
-MAX_KINDS = 256  # of calls that are remembered
 
 
 def hstu_attention(
@@ -133,42 +132,29 @@ def _backward_fake(dout, q, k, v, *args):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-class _Kind:
-    """Of calls: which kernel runs them, and what that remembers of them."""
-
-    def __init__(self, kernel: kernel_table.Choice) -> None:
-        self.kernel = None if kernel.is_reference else kernel.module()
-        self.memory: dict[Hashable, Any] = {}
-
-
-_kinds: dict[Hashable, _Kind] = {}
+def _checked_kernel(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> ModuleType | None:
+    named = dict(zip(PARAMETERS, args, strict=True))
+    check_attention_arguments(q, k, v, **named)
+    pairs = {"has_mask": named["attn_mask"] is not None, "has_bias": named["attn_bias"] is not None}
+    kernel = kernel_table.choose_attention(q.device, q.dtype, q.shape[-1], v.shape[-1], **pairs)
+    return None if kernel.is_reference else kernel.module()
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> _Kind:
-    """The kind of a call. Its arguments are checked the first time that one of the kind comes in."""
-    features = _features(q, k, v, args)
-    kind = _kinds.get(features)
-    if kind is None:
-        named = dict(zip(PARAMETERS, args, strict=True))
-        check_attention_arguments(q, k, v, **named)
-        masks = {"has_mask": named["attn_mask"] is not None, "has_bias": named["attn_bias"] is not None}
-        kind = _Kind(kernel_table.choose_attention(q.device, q.dtype, q.shape[-1], v.shape[-1], **masks))
-        if len(_kinds) >= MAX_KINDS:
-            _kinds.clear()
-        _kinds[features] = kind
-    return kind
+_kinds = Kinds(_checked_kernel)
 
 
 def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
-    jagged without mask tensor and bias, but for T, B and N (of which it matters that all arguments agree)."""
+    jagged without mask tensor, but for T, and without bias B and N (of which it matters that all arguments agree)."""
     seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[6]
     shape = q.shape
     tokens, batch = shape[:1], 0
     sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
-    if seq_offsets is not None and attn_mask is None and attn_bias is None:
-        batch = seq_offsets.numel()
-        sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), batch > 0, max_seq_len >= 0)
+    if seq_offsets is not None and attn_mask is None:
+        sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), max_seq_len)
+        if attn_bias is None:
+            batch = seq_offsets.numel()
+            sizes = (*sizes[:2], batch > 0, max_seq_len >= 0)
     per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]
     cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:6]]
     return (
@@ -185,7 +171,7 @@ def _for_kernel(named: dict) -> dict:
 
 @torch.library.impl("hstu_compile::hstu_attention_forward", ("CPU", "CUDA"))
 def _forward(q, k, v, *args):
-    kind = _kind(q, k, v, args)
+    kind = _kinds.kind(_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if checks_values(q.device):
         check_attention_values(q, **named)
@@ -197,7 +183,7 @@ def _forward(q, k, v, *args):
 @torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
 def _backward_impl(dout, q, k, v, *args):
     args, needs_bias_grad = args[:-1], args[-1]
-    kind = _kind(q, k, v, args)
+    kind = _kinds.kind(_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
         grads = hstu_attention_backward_reference(dout, q, k, v, **named, needs_bias_grad=needs_bias_grad)
@@ -232,8 +218,4 @@ class _Attention(torch.autograd.Function):
         return tuple(grads)
 
 
-# Composite without autograd and a Function with it, so that a compiled graph calls `hstu_attention_forward`, which has
-# no autograd in Python before it (20 us a call).
-_library.impl("hstu_attention", torch.ops.hstu_compile.hstu_attention_forward, "CompositeImplicitAutograd")
-for _key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):  # the alias "Autograd" ranks below a composite
-    _library.impl("hstu_attention", _Attention.apply, _key)
+register_composite("hstu_attention", torch.ops.hstu_compile.hstu_attention_forward, _Attention.apply)

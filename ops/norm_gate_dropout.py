@@ -2,10 +2,14 @@
 
 import importlib
 import importlib.util
+from collections.abc import Hashable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.call_kinds import Kinds
+from hstu_compile.ops.composite import register_composite
 from hstu_compile.ops.norm_gate_dropout_reference import (
     norm_gate_dropout_backward_reference,
     norm_gate_dropout_reference,
@@ -33,6 +37,7 @@ SCHEMA = (
     "str activation, bool concat_u, bool concat_x, bool concat_norm, float dropout_ratio, ScalarType out_dtype"
 )
 torch.library.define("hstu_compile::norm_gate_dropout", f"({SCHEMA}) -> Tensor")
+torch.library.define("hstu_compile::norm_gate_dropout_forward", f"({SCHEMA}) -> Tensor")
 torch.library.define(
     "hstu_compile::norm_gate_dropout_backward", f"(Tensor dy, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -139,7 +144,7 @@ def _empty_like(t: Tensor | None, a: Tensor) -> Tensor:
     return a.new_empty(0) if t is None else t.new_empty(t.shape)
 
 
-@torch.library.register_fake("hstu_compile::norm_gate_dropout")
+@torch.library.register_fake("hstu_compile::norm_gate_dropout_forward")
 def _forward_fake(a, u, weight, bias, seed, *args):
     named = dict(zip(PARAMETERS, args, strict=True))
     _check(a, u, weight, bias, seed, named)
@@ -169,37 +174,62 @@ def runs_on(named: dict, a: Tensor, *others: Tensor | None) -> str:
     return TRITON
 
 
-@torch.library.impl("hstu_compile::norm_gate_dropout", ("CPU", "CUDA"))
-def _forward(a, u, weight, bias, seed, *args):
+def _checked_kernel(
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, args: tuple
+) -> ModuleType | None:
     named = dict(zip(PARAMETERS, args, strict=True))
     _check(a, u, weight, bias, seed, named)
-    if runs_on(named, a, u, weight, bias) != TRITON:
+    return importlib.import_module(KERNEL) if runs_on(named, a, u, weight, bias) == TRITON else None
+
+
+_kinds = Kinds(_checked_kernel)
+
+
+def _features(a: Tensor, u: Tensor, affine_and_seed: tuple, args: tuple) -> Hashable:
+    """All that checks ask for and launches differ in, but for addresses and their alignment and for T."""
+    others = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride()) for t in affine_and_seed]
+    return (
+        a.shape[:1] == u.shape[:1], a.dtype, u.dtype, a.get_device(), u.get_device(), a.shape[1:], u.shape[1:],
+        a.stride(), u.stride(), *others, *args,
+    )  # fmt: skip
+
+
+@torch.library.impl("hstu_compile::norm_gate_dropout_forward", ("CPU", "CUDA"))
+def _forward(a, u, weight, bias, seed, *args):
+    kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
+    named = dict(zip(PARAMETERS, args, strict=True))
+    if kind.kernel is None:
         return norm_gate_dropout_reference(a, u, weight, bias, seed, **named)
     out = _output(a, named)
-    importlib.import_module(KERNEL).forward(a, u, weight, bias, seed, out, **named)
+    kind.kernel.forward(a, u, weight, bias, seed, out, memory=kind.memory, **named)
     return out
 
 
 @torch.library.impl("hstu_compile::norm_gate_dropout_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, a, u, weight, bias, seed, *args):
+    kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
-    if runs_on(named, a, u, weight, bias, dy) == TRITON:
-        grads = importlib.import_module(KERNEL).backward(dy, a, u, weight, bias, seed, **named)
-    else:
+    if kind.kernel is None:
         grads = norm_gate_dropout_backward_reference(dy, a, u, weight, bias, seed, **named)
+    else:
+        grads = kind.kernel.backward(dy, a, u, weight, bias, seed, memory=kind.memory, **named)
     return tuple(a.new_empty(0) if g is None else g for g in grads)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.named = inputs[5:]
-    ctx.save_for_backward(*inputs[:5])
+class _NormGateDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.named = inputs[5:]
+        return torch.ops.hstu_compile.norm_gate_dropout_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        _, _, weight, bias, _ = tensors = ctx.saved_tensors
+        da, du, dweight, dbias = torch.ops.hstu_compile.norm_gate_dropout_backward(dy, *tensors, *ctx.named)
+        affine = (None if weight is None else dweight, None if bias is None else dbias)
+        return da, du, *affine, None, *[None] * len(PARAMETERS)
 
 
-def _backward(ctx, dy):
-    _, _, weight, bias, _ = ctx.saved_tensors
-    da, du, dweight, dbias = torch.ops.hstu_compile.norm_gate_dropout_backward(dy, *ctx.saved_tensors, *ctx.named)
-    affine = (None if weight is None else dweight, None if bias is None else dbias)
-    return da, du, *affine, None, *[None] * len(PARAMETERS)
-
-
-torch.library.register_autograd("hstu_compile::norm_gate_dropout", _backward, setup_context=_setup_context)
+register_composite("norm_gate_dropout", torch.ops.hstu_compile.norm_gate_dropout_forward, _NormGateDropout.apply)

@@ -10,9 +10,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.composite import register_composite
+
 torch.library.define("hstu_compile::table_lookup", "(Tensor table, Tensor index) -> Tensor")
 torch.library.define("hstu_compile::table_grad", "(Tensor grad, Tensor index, SymInt table_size) -> Tensor")
-_library = torch.library.Library("hstu_compile", "FRAGMENT")
 
 
 def table_lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -74,10 +75,7 @@ class _TableLookup(torch.autograd.Function):
         return table_grad(grad.contiguous(), index, ctx.table_size), None
 
 
-# Composite without autograd and a Function with it: neither records the op itself below autograd, only its gather.
-_library.impl("table_lookup", _gather, "CompositeImplicitAutograd")
-for _key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):  # the alias "Autograd" ranks below a composite
-    _library.impl("table_lookup", _TableLookup.apply, _key)
+register_composite("table_lookup", _gather, _TableLookup.apply)
 
 
 def _check_grad(grad: Tensor, index: Tensor) -> None:

@@ -16,6 +16,9 @@ from test_sm90_compiles import NOTHING, on_hopper
 
 from hstu_compile.ops.hstu_attention import PARAMETERS, _features
 from hstu_compile.ops.kernels import attention_sm90
+from hstu_compile.ops.kernels import norm_gate_dropout as gate
+from hstu_compile.ops.norm_gate_dropout import _features as gate_features
+from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
 
 H = 2
 EMPTY = torch.empty
@@ -48,7 +51,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", init_handles)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # that of CPU tensors
-    monkeypatch.setattr(attention_sm90, "processors", lambda device: 132)
+    for module in (attention_sm90, gate):
+        monkeypatch.setattr(module, "processors", lambda device: 132)
     with compile_only.target(90):
         triton.runtime.driver.active.utils = Utilities()
         yield
@@ -102,29 +106,34 @@ def same_addresses(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def restart() -> None:
         taken[0] = 0
-        monkeypatch.setattr(attention_sm90.torch, "empty", from_pool)
+        monkeypatch.setattr(torch, "empty", from_pool)
+        monkeypatch.setattr(torch, "empty_like", lambda t, memory_format: from_pool(t.shape, dtype=t.dtype))
 
     return restart
 
 
 STEPS = [[100, 37], [100, 37], [5, 260], [1, 1, 1], [129, 64, 7], [16] * 16]
+WITH_BIAS = [[100, 37], [100, 37], [5, 260], [260, 1], [0, 0]]  # B and max_seq_len are those of the bias
 
 
-@pytest.mark.parametrize("mask", [{}, {"num_targets": [1, 0, 1], "max_attn_len": 5}])
+@pytest.mark.parametrize("mask", [{}, {"num_targets": [1, 0, 1], "max_attn_len": 5}, {"attn_bias": None}])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_c_gets_the_same(recorded, same_addresses, dim: int, mask: dict) -> None:
     """With other lengths, numbers of sequences and addresses; fails where this triton has moved what is used of it."""
     memory: dict = {}
-    for lengths in STEPS:
+    for lengths in WITH_BIAS if "attn_bias" in mask else STEPS:
         counts = {name: torch.ones(len(lengths)) if isinstance(x, list) else x for name, x in mask.items()}
+        if "attn_bias" in mask:
+            counts = {"attn_bias": torch.randn(2, 1, 260, 260).bfloat16(), "max_seq_len": 260}
         tensors, call = inputs(lengths, dim, **counts)
         same_addresses()
         again = both(tensors, call, memory)
         same_addresses()
         public = both(tensors, call, None)
-        assert len(again) == len(public) == (4 if dim == 64 else 5)
+        kernels = 2 if dim == 64 and "attn_bias" not in mask else 3
+        assert len(again) == len(public) == 2 + kernels
         assert list(map(without_hooks, again)) == list(map(without_hooks, public))
-    assert [len(relaunches) for relaunches in memory.values()] == [2, 2 if dim == 64 else 3]
+    assert [len(relaunches) for relaunches in memory.values()] == [2, kernels]
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -204,18 +213,155 @@ def test_the_kind_of_a_call() -> None:
         features(x, x, x, seq_offsets=torch.tensor([0, 0, 5, 0, 8])[::2]),
         features(x, x, x, attn_bias=torch.ones(1, 1, 5, 5)),
         features(x, x, x, attn_bias=torch.ones(1, 2, 5, 5)),
+        features(x, x, x, attn_bias=torch.ones(1, 1, 5, 5), max_seq_len=6),
+        features(x, x, x, attn_bias=torch.ones(1, 1, 5, 5), seq_offsets=torch.tensor([0, 8])),
         features(x[:1], x[:1], x[:1]),
     ]
     assert len({kind, *others}) == 1 + len(others)
+    bias = torch.ones(1, 1, 5, 5)
+    same = [features(y, y, y, attn_bias=bias, seq_offsets=torch.tensor([0, 4, len(y)])) for y in (x, longer)]
+    assert same[0] == same[1]
+
+
+WIDTH = 64
+# Affine shape (None: none), and what differs from a layer norm.
+GATES: dict[str, tuple[tuple[int, ...] | None, dict[str, Any]]] = {
+    "layer norm, dropout": ((WIDTH,), {"dropout_ratio": 0.2}),
+    "no affine": (None, {"activation": "silu"}),
+    "group norm, concat": ((4, 1), {"num_groups": 4, "concat_u": True, "concat_x": True}),
+    "rms norm of heads": ((16,), {"num_groups": 4, "rms": True, "dropout_ratio": 0.5}),
+}
+
+
+def gate_inputs(rows: int, variant: str, device: str = "cpu", shift: int = 0) -> tuple[list, dict[str, Any]]:
+    """dy, a, u, weight, bias, seed; u is a slice of a packed buffer."""
+    shape, change = GATES[variant]
+    call = {"norm_eps": 1e-6, "num_groups": 1, "rms": False, "activation": "none", "dropout_ratio": 0.0}
+    call |= {name: False for name in ("concat_u", "concat_x", "concat_norm")}
+    call |= {"out_dtype": torch.bfloat16, **change}
+    pieces = 1 + sum(call[name] for name in ("concat_u", "concat_x", "concat_norm"))
+    packed = torch.randn(rows * 4 * WIDTH + shift, device=device).bfloat16()[shift:].view(rows, 4 * WIDTH)
+    dy, a = (torch.randn(rows, n * WIDTH, device=device).bfloat16() for n in (pieces, 1))
+    affine = [None if shape is None else torch.randn(shape, device=device) for _ in range(2)]
+    seed = torch.tensor([2**62 + 5], device=device) if call["dropout_ratio"] else None
+    return [dy, a, packed[:, WIDTH : 2 * WIDTH], *affine, seed], call
+
+
+def gate_both(tensors: list, call: dict[str, Any], memory: dict | None) -> list[torch.Tensor]:
+    """The output and the gradients; in `passed`, what C gets."""
+    dy, *rest = tensors
+    passed.clear()
+    out = torch.empty(dy.shape, dtype=call["out_dtype"], device=dy.device)
+    gate.forward(*rest, out, memory=memory, **call)
+    return [out, *(t for t in gate.backward(*tensors, memory=memory, **call) if t is not None)]
+
+
+@pytest.mark.parametrize("variant", GATES)
+def test_c_gets_the_same_of_a_gate(recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """Any number of rows is one kind, and one compiled kernel each."""
+    kernels = 2 if GATES[variant][0] is None else 3
+    memory: dict = {}
+    functions = set()
+    for rows in (40, 40, 37, 1, 5000, 0, 64):
+        tensors, call = gate_inputs(rows, variant)
+        same_addresses()
+        gate_both(tensors, call, memory)
+        again = list(passed)
+        same_addresses()
+        gate_both(tensors, call, None)
+        assert len(again) == len(passed) == (kernels if rows else kernels - 2)
+        assert list(map(without_hooks, again)) == list(map(without_hooks, passed))
+        functions |= {arguments[4] for arguments in passed}
+    assert len(functions) == kernels
+    assert [len(relaunches) for relaunches in memory.values()] == [1, kernels - 1]
+    names = counted(monkeypatch)
+    gate_both(*gate_inputs(99, variant), memory)
+    assert not names, "no launch is Triton's"
+
+
+@pytest.mark.parametrize("change", ["dy", "u", "shift"])
+def test_copies_and_unaligned_gates_take_the_public_way(recorded, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    memory: dict = {}
+    names = counted(monkeypatch)
+    for _ in range(3):
+        tensors, call = gate_inputs(40, "layer norm, dropout", shift=4 if change == "shift" else 0)
+        if change != "shift":
+            i = ["dy", "a", "u"].index(change)
+            tensors[i] = tensors[i].t().contiguous().t()
+        gate_both(tensors, call, memory)
+    assert names.count("backward_kernel") == names.count("sum_shares_kernel") == 3
+
+
+def test_no_tensor_of_a_gate_is_kept(recorded) -> None:
+    tensors, call = gate_inputs(40, "layer norm, dropout")
+    memory: dict = {}
+    for _ in range(3):
+        gate_both(tensors, call, memory)
+    alive = [weakref.ref(t) for t in tensors]
+    del tensors
+    passed.clear()
+    gc.collect()
+    assert all(memory.values()) and not any(ref() is not None for ref in alive)
+
+
+def test_the_kind_of_a_gate() -> None:
+    def kind(rows: int = 8, **change: Any) -> Any:
+        (_, a, u, weight, bias, seed), call = gate_inputs(rows, "layer norm, dropout")
+        given = {"a": a, "u": u, "weight": weight, "bias": bias, "seed": seed} | call | change
+        a, u, *others = (given.pop(name) for name in ("a", "u", "weight", "bias", "seed"))
+        return gate_features(a, u, tuple(others), tuple(given.values()))
+
+    x = torch.empty(8, WIDTH, dtype=torch.bfloat16)
+    assert kind() == kind(9)
+    others = [
+        kind(u=x),
+        kind(a=x.float()),
+        kind(a=x[:7]),
+        kind(a=x.view(8, 2, 32)),
+        kind(a=torch.empty(8, 2 * WIDTH, dtype=torch.bfloat16)[:, WIDTH:]),
+        kind(weight=None),
+        kind(bias=torch.empty(1, WIDTH)),
+        kind(weight=torch.empty(WIDTH, 2)[:, 0]),
+        kind(weight=torch.empty(WIDTH).half()),
+        kind(seed=None),
+        kind(seed=torch.tensor([1, 2])),
+        kind(norm_eps=1e-5),
+        kind(dropout_ratio=0.3),
+        kind(activation="silu"),
+        kind(out_dtype=torch.float32),
+    ]
+    assert len({kind(), *others}) == 1 + len(others)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", GATES)
+def test_results_of_a_gate_are_those_of_the_public_way(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """The op, for any number of rows, with and without aligned addresses."""
+    for rows, shift in ((40, 0), (40, 0), (37, 0), (5000, 0), (1, 0), (64, 4), (300, 0)):
+        tensors, call = gate_inputs(rows, variant, "cuda", shift)
+        dy, *leaves, seed = tensors
+        leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+        with monkeypatch.context() as patch:
+            names = counted(patch)
+            out = norm_gate_dropout(*leaves, seed=seed, **call)
+            ours = [out, *torch.autograd.grad(out, [t for t in leaves if t is not None], dy)]
+        assert not names or rows in (40, 64)  # the first of their kind, unaligned
+        with torch.no_grad():
+            public = gate_both(tensors, call, None)
+        for one, other in zip(ours, public, strict=True):
+            assert torch.equal(one, other) and not one.isnan().any()
 
 
 @on_hopper
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_results_are_those_of_the_public_way(dim: int) -> None:
+def test_results_are_those_of_the_public_way(dim: int, bias: bool) -> None:
     memory: dict = {}
     aligned = [[100, 37], [100, 37], [5, 260], [1, 1, 1], [300] * 40]
+    of_bias = {"attn_bias": torch.randn(2, H, 260, 260, device="cuda"), "max_seq_len": 260} if bias else {}
+    aligned = WITH_BIAS[:-1] if bias else aligned
     for lengths, shift in [*((lengths, 0) for lengths in aligned), ([5, 260], 4), ([100, 37], 0)]:
-        (q, k, v, dout), call = inputs(lengths, dim, shift, "cuda")
+        (q, k, v, dout), call = inputs(lengths, dim, shift, "cuda", **of_bias)
         results = []
         for remembered in (memory, None):
             out = attention_sm90.forward(q, k, v, memory=remembered, **call)

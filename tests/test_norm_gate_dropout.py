@@ -107,7 +107,7 @@ def kernel(tensors: list[Tensor | None], options: dict, seed: Tensor | None = No
 
     named = all_options(options, tensors[0].dtype, ratio)
     pieces = 1 + named["concat_u"] + named["concat_x"] + named["concat_norm"]
-    out = tensors[0].new_full((tensors[0].shape[0], pieces * tensors[0][0].numel()), torch.nan)
+    out = tensors[0].new_full((tensors[0].shape[0], pieces * tensors[0].shape[1:].numel()), torch.nan)
     module.forward(*tensors, seed, out, **named)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *(g for g in module.backward(dout, *tensors, seed, **named) if g is not None)]
@@ -223,6 +223,7 @@ def test_opcheck(variant, layout):
     torch.library.opcheck(torch.ops.hstu_compile.norm_gate_dropout, args)
     dy = torch.randn_like(norm_gate_dropout(*tensors, norm_eps=EPS, **options)).detach()
     detached = [t.detach() if isinstance(t, Tensor) else t for t in args]
+    torch.library.opcheck(torch.ops.hstu_compile.norm_gate_dropout_forward, detached)
     torch.library.opcheck(torch.ops.hstu_compile.norm_gate_dropout_backward, (dy, *detached))
 
 
@@ -264,13 +265,52 @@ def test_kernel(variant, dtype):
 def test_kernel_takes_many_tiles_a_program(variant, monkeypatch):
     from hstu_compile.ops.kernels import norm_gate_dropout as module
 
-    monkeypatch.setattr(module, "_multiprocessors", lambda t: 1)
+    monkeypatch.setattr(module, "processors", lambda device: 1)
     (a, u, *affine), options = operands(variant, torch.bfloat16)
     tensors = [a.repeat(6, 1), u.repeat(6, 1), *affine]
     ours = kernel(tensors, options)
     check(ours, tensors, options)
     for once, again in zip(ours, kernel(tensors, options), strict=True):
         assert torch.equal(once, again)
+
+
+@needs_kernel
+@pytest.mark.parametrize("weight", [None, (1,), (16,), (4, 1), (1, 16), (4, 16)], ids=str)
+@pytest.mark.parametrize("bias", [None, (16,), (4, 1)], ids=str)
+def test_kernel_affine_shapes(weight, bias):
+    """What broadcasts is summed over, in the dtype of its own."""
+    a, u = (torch.randn(T, 64, device=DEVICE) for _ in range(2))
+    affine = [None if shape is None else torch.randn(shape, device=DEVICE) for shape in (weight, bias)]
+    check(kernel([a, u, *affine], {"num_groups": 4}), [a, u, *affine], {"num_groups": 4})
+
+
+@needs_kernel
+def test_kernel_without_rows():
+    a, u, weight = (torch.randn(n, 64, device=DEVICE) for n in (0, 0, 1))
+    *_, dweight = kernel([a, u, weight, None], {})
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "groups, width, weight, bias",
+    [(3, 75, (75,), (75,)), (4, 600, (4, 1), None), (2, 40, None, (1,)), (4, 600, (4, 600), (600,))],
+)
+def test_kernel_sums_shares(groups, width, weight, bias, dtype):
+    """More of them than a tile has rows, or none; wider than it has columns. The results start as NaN."""
+    from hstu_compile.ops.kernels.launch import Extent
+    from hstu_compile.ops.kernels.sum_shares import sum_launches
+
+    for programs in (0, 150):
+        shares = torch.randn(2, programs, groups, width, device=DEVICE)
+        grads = [None if s is None else torch.full(s, torch.nan, dtype=dtype, device=DEVICE) for s in (weight, bias)]
+        for launch in sum_launches(shares, *grads, lambda extent: extent.rows, Extent(programs)):
+            launch()
+        for ours, share in zip(grads, shares, strict=True):
+            if ours is not None:
+                eager, exact = (x.sum(0).sum_to_size(ours.shape) for x in (share, share.double()))
+                assert_within_budget(ours, eager.to(dtype), exact, BACKWARD)
 
 
 @needs_kernel
@@ -315,22 +355,23 @@ def test_kernel_in_the_interpreter():
 def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width, concat, ratio):
     pytest.importorskip("triton")
     from hstu_compile.ops.kernels import norm_gate_dropout as module
+    from hstu_compile.ops.kernels.launch import Extent
     from tests.compile_only import resources, target
 
     options = all_options({"num_groups": groups, "concat_u": concat, "concat_x": concat}, torch.bfloat16, ratio)
-    T = 1 << 17
-    a = torch.empty(T, groups * width, dtype=torch.bfloat16, device="meta")
-    u = torch.empty(T, 4 * groups * width, dtype=torch.bfloat16, device="meta")[:, : groups * width]
-    weight, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
-    _, scalars, constants = module.kernel_arguments(a, u, weight, weight, seed, **options)
     loads = 5 if concat else 3
-    launches = module.launch_tile(width, module.FORWARD_ELEMENTS), module.backward_launch(width, loads * a.itemsize)
-    x, f, s = torch.bfloat16, torch.float32, torch.int64 if ratio else None
+    a, dy = (torch.empty(16, n * groups * width, dtype=torch.bfloat16) for n in (1, loads - 2))
+    u = torch.empty(16, 4 * groups * width, dtype=torch.bfloat16)[:, : groups * width]
+    weight, seed = torch.empty(width), torch.empty(1, dtype=torch.int64) if ratio else None
+    operands = a, u, weight, weight, seed
+    shares = torch.empty(2, 1, groups, width)
+    launches = [
+        module.forward_launch(*operands, dy, Extent(16), **options),
+        *module.backward_launches(dy, *operands, a, a, weight, weight, shares, Extent(16), **options),
+    ]
     with target(90):
-        forward = module.forward_kernel.warmup(x, x, f, f, s, x, *scalars, **constants, **launches[0], grid=(1,))
-        backward = module.backward_kernel.warmup(
-            x, x, x, f, f, s, x, x, f, *scalars, **constants, **launches[1], grid=(1,)
-        )
+        forward, backward, sums = (x.kernel.warmup(*x.arguments, **x.constants, grid=(1,)) for x in launches)
+    assert resources(sums).spilled == 0 and "ld.global.v4.b32" in sums.asm["ptx"]
     for compiled in (forward, backward):
         assert resources(compiled).spilled == 0
         assert "st.global.v4.b32" in compiled.asm["ptx"] and "st.global.b16" not in compiled.asm["ptx"]
@@ -339,6 +380,6 @@ def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width, con
     # Each operand's next tile is on its way in copies of 16 bytes: two before the loop, one in it.
     assert len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10,", backward.asm["ptx"])) == 3 * loads
     # All programs of a multiprocessor are there at once.
-    per_multiprocessor = module.MAX_WARPS // launches[1]["num_warps"]
+    per_multiprocessor = module.MAX_WARPS // launches[1].constants["num_warps"]
     assert resources(backward).registers <= module.BACKWARD_REGISTERS
     assert per_multiprocessor * resources(backward).shared <= module.SHARED_MEMORY + 4096

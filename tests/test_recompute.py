@@ -15,8 +15,10 @@ from bench.native_layer import HSTUStack
 from tests.models import MODELS
 from tests.without_codegen import Compiled, inductor_without_codegen
 
-ATTENTION = torch.ops.hstu_compile.hstu_attention_forward.default
-ATTENTION_BACKWARD = torch.ops.hstu_compile.hstu_attention_backward.default
+OPS = torch.ops.hstu_compile
+ATTENTION, ATTENTION_BACKWARD = OPS.hstu_attention_forward.default, OPS.hstu_attention_backward.default
+GATE, GATE_BACKWARD = OPS.norm_gate_dropout_forward.default, OPS.norm_gate_dropout_backward.default
+CALLS = [ATTENTION, GATE, GATE_BACKWARD, ATTENTION_BACKWARD]
 LAYERNORM, SILU, UVQK = ({f"recompute_{name}": True} for name in ("input_layernorm", "input_silu", "uvqk"))
 BOTH = LAYERNORM | SILU
 
@@ -57,7 +59,7 @@ LAYERS = {
 @dataclass
 class Step:
     saved: int  # elements that the forward makes and the backward gets
-    calls: list[Any]  # of attention ops, forward then backward
+    calls: list[Any]  # of ops of ours, forward then backward
     values: list[Tensor]  # the output and every gradient
 
 
@@ -82,7 +84,7 @@ def step(layer: Layer, options: dict[str, bool], inductor: Compiled) -> Step:
     kept = [n for n in backward.graph.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))]
     sizes = [n.meta["val"].numel() for n in kept if isinstance(n.meta["val"], Tensor)]
     nodes = [*forward.graph.nodes, *backward.graph.nodes]
-    calls = [n.target for n in nodes if n.target in (ATTENTION, ATTENTION_BACKWARD)]
+    calls = [n.target for n in nodes if str(n.target).startswith("hstu_compile.")]
     return Step(sum(sizes), calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
 
 
@@ -97,7 +99,7 @@ def test_saved_tensors_calls_and_bits(name: str, inductor: Compiled) -> None:
         ours = step(layer, options, inductor)
         statistics = (plain.saved - ours.saved) / tokens - expected  # of the norm: up to two numbers a token
         assert statistics in ((0,) if options == SILU else (0, 1, 2)), options
-        assert ours.calls == plain.calls == [ATTENTION, ATTENTION_BACKWARD]
+        assert ours.calls == plain.calls == CALLS
         for a, b in zip(ours.values, plain.values, strict=True):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), options
 

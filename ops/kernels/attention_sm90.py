@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hstu_compile.ops.kernels.launch import Extent, Launch, run
+from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
 from hstu_compile.ops.kernels.slots import slots_of
 
 MAX_DIM = 256
@@ -113,7 +113,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
             zeros = kernels().zero_launch((out,), call["seq_offsets"], extent, scratch[0])
             return [zeros, *forward_launches(q, k, v, out, scratch, processors(q.device), **call)]
 
-        run(remembered(memory, call), "forward", [q, k, v, out, *scratch, *per_sequence(call)], extent, launches)
+        tensors = [q, k, v, out, *scratch, *per_sequence(call), call["attn_bias"]]
+        run(remembered(memory, call), "forward", tensors, extent, launches)
     return out
 
 
@@ -128,7 +129,8 @@ def backward(
     **call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, if asked for, dbias, contiguous; keywords as in `forward`."""
-    dq, dk, dv = grads = tuple([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)])
+    contiguous = torch.contiguous_format
+    dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=contiguous) for t in (q, k, v)])
     if dq.numel():
         extent = extent_of(q, call)
         scratch, num_zeros = backward_scratch(q, v, extent, call)
@@ -138,17 +140,13 @@ def backward(
             return [zeros, *backward_launches(dout, q, k, v, *grads, scratch, processors(q.device), **call)]
 
         key = (dout.dtype, dout.shape[1:], dout.stride(), in_one_kernel(filled_dim(q, v), extent, call))
-        run(remembered(memory, call), key, [dout, q, k, v, *grads, *scratch, *per_sequence(call)], extent, launches)
+        tensors = [dout, q, k, v, *grads, *scratch, *per_sequence(call), call["attn_bias"]]
+        run(remembered(memory, call), key, tensors, extent, launches)
     if not needs_bias_grad or call["attn_bias"] is None:
         return dq, dk, dv, None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
     return dq, dk, dv, dbias(dout, q, k, v, **call)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward_launches(
@@ -216,7 +214,7 @@ def mean_length(jagged: bool, extent: Extent) -> int:
 
 def remembered(memory: dict[Hashable, Any] | None, call: dict[str, Any]) -> dict[Hashable, Any] | None:
     """Calls with a mask tensor make lists of its tiles, and what is remembered of a call knows no such tensors."""
-    return None if has_pairs(call) else memory
+    return memory if call["attn_mask"] is None else None
 
 
 COUNTER = 4  # elements: 16 bytes

@@ -9,6 +9,7 @@ holds. Where they are not as they were, the public way is left.
 
 import copy
 import dataclasses
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -27,8 +28,8 @@ class Extent(NamedTuple):
     """What calls of one kind may differ in: jagged batches have other numbers at every step."""
 
     rows: int
-    sequences: int
-    max_seq_len: int
+    sequences: int = 0
+    max_seq_len: int = 0
 
 
 class Launch(NamedTuple):
@@ -99,7 +100,7 @@ class Relaunch:
         places = [(i, x.key) for i, x in said if isinstance(x, Place)]
         self.addresses = [(i, key) for i, key in places if isinstance(key, int)]
         self.numbers = [(i, key) for i, key in places if isinstance(key, str)]
-        self.tuples = [(i, x) for i, x in said if type(x) is tuple and any(isinstance(item, Place) for item in x)]
+        self.tuples = [(i, x) for i, x in said if type(x) is tuple and holds_place(x)]
 
     def __call__(self, pointers: list[int], extent: Extent, stream: int) -> None:
         programs, sizes = self.sizes(extent)
@@ -112,7 +113,7 @@ class Relaunch:
         for i, name in self.numbers:
             arguments[i] = sizes[name]
         for i, items in self.tuples:
-            arguments[i] = tuple([pointers[x.key] if isinstance(x, Place) else x for x in items])
+            arguments[i] = filled(items, pointers)
         if self.nested:
             self.in_c(programs, 1, 1, stream, *self.head, arguments)
         else:
@@ -139,6 +140,17 @@ def is_descriptor(x: Any) -> bool:
     return hasattr(x, "block_shape")
 
 
+def holds_place(x: Any) -> bool:
+    return any(map(holds_place, x)) if type(x) is tuple else isinstance(x, Place)
+
+
+def filled(items: tuple, pointers: list[int]) -> tuple:
+    """With addresses in their places, in tuples within too."""
+    return tuple(
+        [pointers[x.key] if type(x) is Place else filled(x, pointers) if type(x) is tuple else x for x in items]
+    )
+
+
 def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent) -> list:
     """What the kernel is called with, in the order of its parameters."""
     number = {id(t): Place(i) for i, t in enumerate(tensors) if t is not None}
@@ -158,6 +170,12 @@ def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent
             raise ValueError(f"{p.name} is not a size")
         parameters.append(Place(p.name) if p.name in sizes else placed(given[p.name]))
     return parameters
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; without a GPU, in the Triton interpreter, one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def run(

@@ -1,15 +1,18 @@
-"""norm * gate, concatenation and dropout in Triton, one pass over memory forward and one backward.
+"""norm * gate, concatenation and dropout in Triton: tile sizes, what the kernels are called with, launches.
 
-A tile is ROWS x one norm group, held in registers. The backward recomputes mean and deviation from the tile, which it
-holds anyway, and regenerates the dropout mask from the seed: nothing but the operands is saved. Its programs stay, as
-many as a multiprocessor holds at once, each with one group, and copy the next tiles to shared memory while they work on
-this one. Each sums its own share of dweight and dbias; a small second reduction adds the shares: no atomics.
+Deterministic: what the programs of the backward have of dweight and dbias is added up in a fixed order.
 """
 
+import functools
+from collections.abc import Hashable
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
+from hstu_compile.ops.kernels.norm_gate_dropout_kernels import backward_kernel, forward_kernel
+from hstu_compile.ops.kernels.sum_shares import Programs, sum_launches
 
 FORWARD_ELEMENTS = 16  # a thread: two 16-byte loads of 16-bit data
 BACKWARD_ELEMENTS = 8  # a thread: with 16, some 200 registers are live
@@ -20,193 +23,28 @@ MAX_BUFFERS = 2  # tiles on their way to shared memory
 SHARED_MEMORY = 96 << 10  # bytes of them on a multiprocessor; the smallest (sm_86, sm_89) has 100 KiB
 
 
-@triton.jit
-def tile_offsets(rows, cols, row_stride, head_stride, HEAD_DIM: tl.constexpr):
-    """Offsets of [rows, cols] in a tensor of heads of HEAD_DIM columns."""
-    heads = cols // HEAD_DIM
-    return rows.to(tl.int64)[:, None] * row_stride + (heads * head_stride + cols % HEAD_DIM)[None, :]
-
-
-@triton.jit
-def keep_scale(seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """What dropout multiplies by; `random_bits` of the reference, one Philox call for four elements."""
-    zeros = tl.zeros((ROWS, BLOCK // 4), tl.int32)
-    quads = tl.arange(0, BLOCK // 4)[None, :] + zeros
-    r0, r1, r2, r3 = tl.philox(tl.load(seed), quads, rows[:, None] + zeros, piece + zeros, group + zeros, n_rounds=7)
-    bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (ROWS, BLOCK))
-    return tl.where((bits & 0x7FFFFFFF).to(tl.int32) >= threshold, scale, 0.0)
-
-
-@triton.jit
-def normalised(x, inside, norm_eps, WIDTH: tl.constexpr, RMS: tl.constexpr):
-    """x, centred and divided by its deviation; it is 0 outside."""
-    if not RMS:
-        mean = tl.sum(x, axis=1) / WIDTH
-        x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + norm_eps)
-    return x * rstd[:, None]
-
-
-@triton.jit
-def row_sums(a, b):
-    """The sums of the rows of a and of b; as one reduction, so that the warps meet once."""
-    return tl.split(tl.sum(tl.join(a, b), axis=1))
-
-
-@triton.jit
-def activated(u, ACTIVATION: tl.constexpr):
-    """activation(u) and its derivative."""
-    if ACTIVATION == "none":
-        return u, tl.full(u.shape, 1.0, tl.float32)
-    else:
-        s = tl.sigmoid(u)
-        if ACTIVATION == "sigmoid":
-            return s, s * (1.0 - s)
-        else:
-            return u * s, s * (1.0 + u * (1.0 - s))
-
-
-@triton.jit
-def load_affine(ptr, default, group, cols, GROUP_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, inside):
-    """weight or bias of one group as [1, BLOCK]; the default where there is none."""
-    if ptr is None:
-        return tl.full((1, cols.shape[0]), default, tl.float32)
-    else:
-        return tl.load(ptr + group * GROUP_STRIDE + cols * COLUMN_STRIDE, mask=inside, other=0.0).to(tl.float32)[
-            None, :
-        ]
-
-
-@triton.jit
-def put(
-    y, offsets, inside, values, seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Store one piece of the output after dropout."""
-    if seed is not None:
-        values *= keep_scale(seed, piece, group, rows, threshold, scale, ROWS, BLOCK)
-    tl.store(y + offsets, values.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def get(dy, offsets, inside, seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of one piece before dropout."""
-    values = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
-    if seed is not None:
-        values *= keep_scale(seed, piece, group, rows, threshold, scale, ROWS, BLOCK)
-    return values
-
-
-@triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
-def forward_kernel(
-    a, u, weight, bias, seed, y, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
-    AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
-    CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    group = tl.program_id(0) % GROUPS
-    rows = tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)
-    in_group = tl.arange(0, BLOCK)
-    cols = group * WIDTH + in_group
-    inside = (rows < T)[:, None] & (in_group < WIDTH)[None, :]
-    x = tl.load(a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(u + tile_offsets(rows, cols, u_row, u_head, U_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
-    w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
-    b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
-
-    norm = normalised(x, inside, norm_eps, WIDTH, RMS) * w + b
-    gate, _ = activated(g, ACTIVATION)
-    PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
-    out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
-    if CONCAT_U:
-        put(y, out, inside, g, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
-        out += GROUPS * WIDTH
-    if CONCAT_X:
-        put(y, out, inside, x, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
-        out += GROUPS * WIDTH
-    if CONCAT_NORM:
-        put(y, out, inside, norm, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
-        out += GROUPS * WIDTH
-    put(y, out, inside, norm * gate, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
-
-
-@triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
-def backward_kernel(
-    dy, a, u, weight, bias, seed, da, du, shares, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
-    AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
-    CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BUFFERS: tl.constexpr,
-):  # fmt: skip
-    """shares [2, programs, GROUPS * WIDTH]: each program's part of dweight and dbias, or None without affine."""
-    program, programs = tl.program_id(0) // GROUPS, tl.num_programs(0) // GROUPS
-    group = tl.program_id(0) % GROUPS
-    in_group = tl.arange(0, BLOCK)
-    cols = group * WIDTH + in_group
-    w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
-    b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
-    PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
-    ROW_WIDTH: tl.constexpr = GROUPS * WIDTH
-    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(program, tl.cdiv(T, ROWS), programs, num_stages=1 + BUFFERS):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = (rows < T)[:, None] & (in_group < WIDTH)[None, :]
-        x = tl.load(a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(u + tile_offsets(rows, cols, u_row, u_head, U_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
-        out = tile_offsets(rows, cols, PIECES * ROW_WIDTH, 0, ROW_WIDTH)
-        last = out + (PIECES - 1) * ROW_WIDTH
-        dgated = get(dy, last, inside, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
-
-        gate, gate_grad = activated(g, ACTIVATION)
-        dnorm = dgated * gate
-        if CONCAT_NORM:
-            at = out + (CONCAT_U + CONCAT_X) * ROW_WIDTH
-            dnorm += get(dy, at, inside, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
-        dxhat = dnorm * w
-        if not RMS:
-            mean, dmean = row_sums(x, dxhat)
-            x = tl.where(inside, x - (mean / WIDTH)[:, None], 0.0)
-            dxhat -= (dmean / WIDTH)[:, None]
-        square, product = row_sums(x * x, dxhat * x)
-        rstd = tl.where(rows < T, tl.rsqrt(square / WIDTH + norm_eps), 0.0)[:, None]
-        xhat = x * rstd
-        dx = rstd * (dxhat - xhat * (rstd * (product / WIDTH)[:, None]))
-        dg = dgated * (xhat * w + b) * gate_grad
-        if CONCAT_U:
-            dg += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
-        if CONCAT_X:
-            at = out + CONCAT_U * ROW_WIDTH
-            dx += get(dy, at, inside, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
-        packed = tile_offsets(rows, cols, ROW_WIDTH, 0, ROW_WIDTH)
-        tl.store(da + packed, dx.to(da.dtype.element_ty), mask=inside)
-        tl.store(du + packed, dg.to(du.dtype.element_ty), mask=inside)
-        if shares is not None:
-            dweight += dnorm * xhat
-            dbias += dnorm
-    if shares is not None:
-        own = shares + program * ROW_WIDTH + cols
-        tl.store(own, tl.sum(dweight, axis=0), mask=in_group < WIDTH)
-        tl.store(own + programs * ROW_WIDTH, tl.sum(dbias, axis=0), mask=in_group < WIDTH)
-
-
-def launch_tile(width: int, elements: int) -> dict[str, int]:
+def tile_of(width: int, elements: int) -> dict[str, int]:
     """The tile of groups of this width, with `elements` a thread as far as MAX_WARPS allow."""
-    block = max(triton.next_power_of_2(width), 16)
+    block = max(1 << (width - 1).bit_length(), 16)
     warps = min(max(block // (32 * elements), 4), MAX_WARPS)
     return dict(ROWS=max(32 * elements * warps // block, 1), BLOCK=block, num_warps=warps)
 
 
-def backward_launch(width: int, bytes_per_element: int) -> dict[str, int]:
+def backward_tile(width: int, bytes_per_element: int) -> dict[str, int]:
     """Tile and buffers; bytes_per_element: of all that is loaded."""
-    launch = launch_tile(width, BACKWARD_ELEMENTS)
-    loaded = launch["ROWS"] * launch["BLOCK"] * bytes_per_element * (MAX_WARPS // launch["num_warps"])
-    return dict(launch, BUFFERS=min(SHARED_MEMORY // loaded, MAX_BUFFERS), maxnreg=BACKWARD_REGISTERS)
+    tile = tile_of(width, BACKWARD_ELEMENTS)
+    loaded = tile["ROWS"] * tile["BLOCK"] * bytes_per_element * (MAX_WARPS // tile["num_warps"])
+    return dict(tile, BUFFERS=min(SHARED_MEMORY // loaded, MAX_BUFFERS), maxnreg=BACKWARD_REGISTERS)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """[T, H, D] with any row and head stride; columns must be contiguous."""
-    t = t if t.dim() == 3 else t.unsqueeze(1)
-    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+def readable(t: Tensor) -> Tensor:
+    """Columns must be contiguous."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def strides_and_columns(t: Tensor) -> tuple[int, int, int]:
+    """Strides of rows and heads, and columns of a head, of [T, W] or [T, H, D]."""
+    return (*t.stride()[:2], t.shape[2]) if t.dim() == 3 else (t.stride(0), 0, t.shape[1])
 
 
 def _affine_strides(t: Tensor | None, groups: int, width: int) -> tuple[int, int]:
@@ -220,9 +58,11 @@ def kernel_arguments(
     norm_eps: float, num_groups: int, rms: bool, activation: str, concat_u: bool, concat_x: bool, concat_norm: bool,
     dropout_ratio: float, out_dtype: torch.dtype,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
-    """Tensors, scalars and compile-time values, as both kernels take them; the launch is each kernel's own."""
-    a, u = _rows(a), _rows(u)
-    width = a.shape[1] * a.shape[2] // num_groups
+    """Tensors, scalars and compile-time values, as both kernels take them; the tile is each kernel's own."""
+    width = a.shape[1:].numel() // num_groups
+    a, u = readable(a), readable(u)
+    a_row, a_head, a_head_dim = strides_and_columns(a)
+    u_row, u_head, u_head_dim = strides_and_columns(u)
     # One pair of strides serves weight and bias: bring both to the same shape.
     if weight is not None and bias is not None and weight.shape != bias.shape:
         weight, bias = (t.expand(num_groups, width).contiguous() for t in (weight, bias))
@@ -230,9 +70,9 @@ def kernel_arguments(
     given = weight if weight is not None else bias
     group_stride, column_stride = _affine_strides(given, num_groups, width)
     threshold, scale = min(round(dropout_ratio * 2**31), 2**31 - 1), 1.0 / (1.0 - dropout_ratio)
-    scalars = (a.shape[0], a.stride(0), a.stride(1), u.stride(0), u.stride(1), norm_eps, threshold, scale)
+    scalars = (a.shape[0], a_row, a_head, u_row, u_head, norm_eps, threshold, scale)
     constants = dict(
-        GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a.shape[2], U_HEAD_DIM=u.shape[2],
+        GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a_head_dim, U_HEAD_DIM=u_head_dim,
         AFFINE_GROUP=group_stride, AFFINE_COLUMN=column_stride, RMS=rms, ACTIVATION=activation,
         CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
     )  # fmt: skip
@@ -240,43 +80,85 @@ def kernel_arguments(
 
 
 def forward(
-    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, **named
-):
-    """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`."""
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, *,
+    memory: dict[Hashable, Any] | None = None, **named: Any,
+) -> None:  # fmt: skip
+    """Fill `out`; arguments as in `hstu_compile::norm_gate_dropout`.
+
+    memory: the same for all calls, and no others, whose launches differ at most in addresses and T.
+    """
+    extent = Extent(a.shape[0])
+
+    def launches() -> list[Launch]:
+        return [forward_launch(a, u, weight, bias, seed, out, extent, **named)]
+
+    run(memory, "forward", [a, u, weight, bias, seed, out], extent, launches)
+
+
+def forward_launch(
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, extent: Extent,
+    **named: Any,
+) -> Launch:  # fmt: skip
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    launch = launch_tile(constants["WIDTH"], FORWARD_ELEMENTS)
-    grid = triton.cdiv(a.shape[0], launch["ROWS"]) * constants["GROUPS"]
-    if grid:
-        with torch.cuda.device_of(a):
-            forward_kernel[(grid,)](*tensors, out, *scalars, **constants, **launch)
+    tile = tile_of(constants["WIDTH"], FORWARD_ELEMENTS)
+    sizes = functools.partial(forward_sizes, tile["ROWS"], constants["GROUPS"])
+    return Launch(forward_kernel, sizes(extent)[0], (*tensors, out, *scalars), constants | tile, sizes)
+
+
+def forward_sizes(tile_rows: int, groups: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    return -(-extent.rows // tile_rows) * groups, {"T": extent.rows}
 
 
 def backward(
-    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, **named
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """da, du, dweight, dbias."""
-    tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    groups, pieces = constants["GROUPS"], 1 + sum(constants[c] for c in ("CONCAT_U", "CONCAT_X", "CONCAT_NORM"))
-    launch = backward_launch(constants["WIDTH"], a.itemsize + u.itemsize + pieces * dy.itemsize)
-    resident = MAX_WARPS // launch["num_warps"] * _multiprocessors(a)
-    programs = min(triton.cdiv(a.shape[0], launch["ROWS"]), max(resident // groups, 1))
-    da, du = a.new_empty(a.shape), u.new_empty(u.shape)
+    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
+    memory: dict[Hashable, Any] | None = None, **named: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """da, du, dweight, dbias; see `forward`."""
+    extent, groups = Extent(a.shape[0]), named["num_groups"]
+    da, du, dweight, dbias = grads = tuple(
+        [
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (a, u, weight, bias)
+        ]
+    )
     shares = None
     if weight is not None or bias is not None:
-        shares = a.new_empty(2, programs, groups, constants["WIDTH"], dtype=torch.float32)
-    if programs:
-        with torch.cuda.device_of(a):
-            operands = (dy.contiguous(), *tensors, da, du, shares)
-            backward_kernel[(programs * groups,)](*operands, *scalars, **constants, **launch)
-    if shares is None:
-        return da, du, None, None
-    totals = shares.sum(1)
-    dweight, dbias = (
-        None if t is None else total.sum_to_size(t.shape).to(t.dtype)
-        for t, total in ((weight, totals[0]), (bias, totals[1]))
-    )
-    return da, du, dweight, dbias
+        _, programs = tile_and_programs(dy, a, u, named)
+        size = 2, programs(extent), groups, a.shape[1:].numel() // groups
+        shares = torch.empty(size, dtype=torch.float32, device=a.device)
+
+    def launches() -> list[Launch]:
+        return backward_launches(dy, a, u, weight, bias, seed, *grads, shares, extent, **named)
+
+    run(memory, (dy.dtype, dy.stride()), [dy, a, u, weight, bias, seed, *grads, shares], extent, launches)
+    return grads
 
 
-def _multiprocessors(t: Tensor) -> int:
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
+def tile_and_programs(dy: Tensor, a: Tensor, u: Tensor, named: dict) -> tuple[dict[str, int], Programs]:
+    """Of the backward: its tile and buffers, and how many programs each group has."""
+    groups, pieces = named["num_groups"], 1 + named["concat_u"] + named["concat_x"] + named["concat_norm"]
+    tile = backward_tile(a.shape[1:].numel() // groups, a.itemsize + u.itemsize + pieces * dy.itemsize)
+    resident = MAX_WARPS // tile["num_warps"] * processors(a.device)
+    return tile, functools.partial(row_programs, tile["ROWS"], max(resident // groups, 1))
+
+
+def row_programs(tile_rows: int, most: int, extent: Extent) -> int:
+    return min(-(-extent.rows // tile_rows), most)
+
+
+def backward_launches(
+    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    da: Tensor, du: Tensor, dweight: Tensor | None, dbias: Tensor | None, shares: Tensor | None, extent: Extent,
+    **named: Any,
+) -> list[Launch]:  # fmt: skip
+    """What `backward` runs; shares: scratch."""
+    tile, programs = tile_and_programs(dy, a, u, named)
+    tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
+    sizes = functools.partial(backward_sizes, programs, constants["GROUPS"])
+    arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars)
+    first = Launch(backward_kernel, sizes(extent)[0], arguments, constants | tile, sizes)
+    return [first] if shares is None else [first, *sum_launches(shares, dweight, dbias, programs, extent)]
+
+
+def backward_sizes(programs: Programs, groups: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    return programs(extent) * groups, {"T": extent.rows}
