@@ -155,9 +155,7 @@ def _check_tile_states(attn_mask: Tensor | None, states: Tensor | None) -> None:
     expect(states.dim() == 4, "the shape of mask_tile_states", tuple(states.shape), "[B|1, H|1, tiles, tiles]")
     wanted = tile_states_shape(attn_mask)
     for size, full in zip(states.shape, wanted, strict=True):
-        _same(
-            size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"that of attn_mask's, {wanted}"
-        )
+        _same(size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"{wanted}, for that attn_mask")
 
 
 def check_attention_values(

@@ -3,10 +3,14 @@
 AOTAutograd merges equal calls of a training graph, Inductor none of an inference graph, so they are merged here.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from hstu_compile.passes.graph import aten, insert_call, is_pure, may_write, value
+from hstu_compile.passes.graph import aten, insert_call, is_pure, is_tensor, may_write, value
+
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def with_tile_states(mask: fx.Node, before: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -26,19 +30,22 @@ def with_tile_states(mask: fx.Node, before: fx.Node) -> tuple[fx.Node, fx.Node]:
 def first_equals(last: fx.Node) -> fx.Node:
     """The first call of the graph that gives what `last` gives; `last` itself if there is none before.
 
-    Equal are calls of a pure function with equal arguments. What is written in between ends that: from there on all that
-    was equal is not, since it may be one of two that was written to.
+    Equal are calls of a pure function with equal arguments (and results of one dtype: autocast may have begun), until
+    something is written: that may be one of the two. Sizes are equal where their expressions are.
     """
     first: dict[fx.Node, fx.Node] = {}
-    known: dict[tuple, fx.Node] = {}
+    known: dict[Any, fx.Node] = {}
     for node in last.graph.nodes:
         first[node] = node
-        if node.op == "call_function" and may_write(node.target):
-            first = {node: node for node in first}
-            known.clear()
+        if isinstance(value(node), SIZES):
+            first[node] = known.setdefault(repr(value(node)), node)
         elif node.op == "call_function" and is_pure(node.target):
             arguments = fx.map_arg((node.args, node.kwargs), first.__getitem__)
-            first[node] = known.setdefault((node.target, repr(arguments)), node)
+            key = node.target, repr(arguments), getattr(value(node), "dtype", None)
+            first[node] = known.setdefault(key, node)
+        elif node.op == "call_function" and may_write(node.target) and any(map(is_tensor, node.all_input_nodes)):
+            first = {node: node for node in first}
+            known.clear()
         if node is last:
             break
     return first[last]

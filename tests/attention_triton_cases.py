@@ -267,8 +267,8 @@ def mask_of_tiles(N: int, grain: int, batches: int = 2, heads: int = 3) -> torch
 def test_tile_states(N: int) -> None:
     mask = mask_of_tiles(N, GRAIN)
     weird = torch.where(mask == 2, float("nan"), mask)
-    for given in (mask, mask.bool(), mask.long(), weird, mask.mT, mask[:1].expand(5, 3, N, N), mask.half()):
-        assert torch.equal(mask_occupancy.tile_states(given, GRAIN), mask_tile_states_reference(given))
+    for cells in (mask, mask.bool(), mask.long(), weird, mask.mT, mask[:1].expand(5, 3, N, N), mask.half()):
+        assert torch.equal(mask_occupancy.tile_states(cells, GRAIN), mask_tile_states_reference(cells))
     spread = torch.full((2, 3, N + 5, N + 3), float("nan"), device=DEVICE)[:, :, 5:, 2 : N + 2].copy_(mask)
     assert torch.equal(mask_occupancy.tile_states(spread, GRAIN), mask_tile_states_reference(mask))
 
@@ -286,10 +286,8 @@ def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
         part = mask[:, :, first_row : first_row + max(rows, grain), first_col : first_col + max(cols, grain)]
         held[:, :, row, col], ones[:, :, row, col] = (part != 0).any(3).any(2), (part == 1).all(3).all(2)
     assert {0, 1, 2} == set((held.int() + ones).unique().tolist())
-    tiled_mask = tiled(mask, grain)
-    transposed = tiled(mask.mT.contiguous(), grain)
-    for given in (tiled_mask, transposed.mT):
-        visits, ranks = mask_occupancy.occupied_tiles(given, rows, cols)
+    for tiled_mask in (tiled(mask, grain), tiled(mask.mT.contiguous(), grain).mT):
+        visits, ranks = mask_occupancy.occupied_tiles(tiled_mask, rows, cols)
         assert torch.equal(ranks.long(), F.pad(held.cumsum(-1), (1, 0)))
         listed = torch.arange(col_tiles, device=DEVICE) < ranks[..., -1:]
         assert torch.equal(visits[listed].long(), (2 * torch.arange(col_tiles, device=DEVICE) + ones)[held])

@@ -161,6 +161,17 @@ def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) ->
     assert len(compiled) == 1
 
 
+def test_the_lists_of_a_mask_are_compiled_once_for_all_sizes() -> None:
+    states, lists = torch.empty(1, 1, 1, 1, dtype=torch.uint8), empty_lists(None, 64, 64)
+    shape = 64, 128, GRAIN, mask_occupancy.WIDTH
+    with compile_only.target(90):
+        hashes = {
+            mask_occupancy.list_tiles_kernel.warmup(states, *[size] * 4, *lists, *[size] * 4, *shape, grid=(1,)).hash
+            for size in (1, 16, 17)
+        }
+    assert len(hashes) == 1
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
