@@ -1,6 +1,6 @@
 """`hstu_compile::hstu_attention`: HSTU attention, jagged or dense, with its backward, as a torch.library op."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 
 import torch
@@ -10,6 +10,7 @@ from hstu_compile.ops import kernel_table
 from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_composite
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
+from hstu_compile.ops.mask_tile_states import GRAIN
 from hstu_compile.ops.validation import check_attention_arguments, check_attention_values, checks_values
 
 # Everything after q, k, v. The order is the op's contract with the passes.
@@ -20,6 +21,7 @@ PARAMETERS = (
     "num_contextuals",
     "attn_mask",
     "attn_bias",
+    "mask_tile_states",
     "max_seq_len",
     "alpha",
     "scaling_seq_len",
@@ -30,13 +32,15 @@ PARAMETERS = (
     "min_full_attn_seq_len",
     "targets_share_position",
 )
-ATTN_BIAS = 3 + PARAMETERS.index("attn_bias")
+ATTN_MASK, ATTN_BIAS, MASK_TILE_STATES = (
+    3 + PARAMETERS.index(name) for name in ("attn_mask", "attn_bias", "mask_tile_states")
+)
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? seq_offsets, Tensor? seq_lengths, Tensor? num_targets, "
-    "Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, SymInt max_seq_len, float alpha, "
-    "Scalar scaling_seq_len, bool causal, SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, "
-    "SymInt min_full_attn_seq_len, bool targets_share_position"
+    "Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, Tensor? mask_tile_states, SymInt max_seq_len, "
+    "float alpha, Scalar scaling_seq_len, bool causal, SymInt contextual_seq_len, SymInt target_group_size, "
+    "SymInt max_attn_len, SymInt min_full_attn_seq_len, bool targets_share_position"
 )
 torch.library.define("hstu_compile::hstu_attention", f"({SCHEMA}) -> Tensor")
 torch.library.define("hstu_compile::hstu_attention_forward", f"({SCHEMA}) -> Tensor")
@@ -103,6 +107,7 @@ def hstu_attention(
         num_contextuals,
         attn_mask,
         attn_bias,
+        None,  # mask_tile_states
         max_seq_len,
         alpha,
         scaling_seq_len,
@@ -146,7 +151,7 @@ _kinds = Kinds(_checked_kernel)
 def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
     jagged without mask tensor, but for T, and without bias B and N (of which it matters that all arguments agree)."""
-    seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[6]
+    seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[7]
     shape = q.shape
     tokens, batch = shape[:1], 0
     sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
@@ -156,16 +161,26 @@ def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
             batch = seq_offsets.numel()
             sizes = (*sizes[:2], batch > 0, max_seq_len >= 0)
     per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]
-    cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:6]]
+    cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:7]]
     return (
         sizes, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), shape[1:], k.shape[1:],
-        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[7:],
+        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[8:],
     )  # fmt: skip
 
 
 def _for_kernel(named: dict) -> dict:
+    states = named.pop("mask_tile_states")
+    if states is not None:
+        from hstu_compile.ops.kernels.mask_occupancy import TiledMask
+
+        named["attn_mask"] = TiledMask(named["attn_mask"], states, GRAIN)
     scaling_seq_len = named.pop("scaling_seq_len")
     named["scale"] = 1.0 / scaling_seq_len
+    return named
+
+
+def _for_reference(named: dict) -> dict:
+    del named["mask_tile_states"]
     return named
 
 
@@ -176,7 +191,7 @@ def _forward(q, k, v, *args):
     if checks_values(q.device):
         check_attention_values(q, **named)
     if kind.kernel is None:
-        return hstu_attention_reference(q, k, v, **named)
+        return hstu_attention_reference(q, k, v, **_for_reference(named))
     return kind.kernel.forward(q, k, v, memory=kind.memory, **_for_kernel(named))
 
 
@@ -186,7 +201,8 @@ def _backward_impl(dout, q, k, v, *args):
     kind = _kinds.kind(_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
-        grads = hstu_attention_backward_reference(dout, q, k, v, **named, needs_bias_grad=needs_bias_grad)
+        named = _for_reference(named)
+        grads = hstu_attention_backward_reference(dout, q, k, v, needs_bias_grad=needs_bias_grad, **named)
     else:
         named = _for_kernel(named)
         grads = kind.kernel.backward(dout, q, k, v, memory=kind.memory, needs_bias_grad=needs_bias_grad, **named)
@@ -218,4 +234,30 @@ class _Attention(torch.autograd.Function):
         return tuple(grads)
 
 
-register_composite("hstu_attention", torch.ops.hstu_compile.hstu_attention_forward, _Attention.apply)
+def _with_tile_states(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """hstu_attention by an implementation that wants the tile states of its mask tensor."""
+
+    def call(*inputs):
+        if inputs[ATTN_MASK] is not None and inputs[MASK_TILE_STATES] is None:
+            mask = _unexpanded(inputs[ATTN_MASK])
+            states = torch.ops.hstu_compile.mask_tile_states(mask)
+            changed = {ATTN_MASK: mask, MASK_TILE_STATES: states}
+            inputs = tuple(changed.get(i, value) for i, value in enumerate(inputs))
+        return attention(*inputs)
+
+    return call
+
+
+def _unexpanded(mask: Tensor) -> Tensor:
+    """[B|1, H|1, N, N] with every expanded leading dimension back at size 1."""
+    for dim, step in enumerate(mask.stride()[:2]):
+        if isinstance(step, int) and step == 0:
+            mask = mask[(slice(None),) * dim + (slice(1),)]
+    return mask
+
+
+register_composite(
+    "hstu_attention",
+    _with_tile_states(torch.ops.hstu_compile.hstu_attention_forward),
+    _with_tile_states(_Attention.apply),
+)

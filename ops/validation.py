@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.mask_tile_states import mask_tile_states as tile_states
+from hstu_compile.ops.mask_tile_states import tile_states_shape
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _checked_everywhere = False
@@ -51,6 +54,7 @@ def check_attention_arguments(
     num_contextuals: Tensor | None,
     attn_mask: Tensor | None,
     attn_bias: Tensor | None,
+    mask_tile_states: Tensor | None,
     max_seq_len: int,
     alpha: float,
     scaling_seq_len: float,
@@ -112,6 +116,7 @@ def check_attention_arguments(
         expect(attn_bias.is_floating_point(), "the dtype of attn_bias", attn_bias.dtype, "a floating point dtype")
     if attn_mask is not None:
         expect(not attn_mask.requires_grad, "attn_mask.requires_grad", True, "False: the mask has no gradient")
+    _check_tile_states(attn_mask, mask_tile_states)
     # Symbolic sizes are left to the launch: a comparison here would specialise the graph.
     for name, value, least in (
         ("contextual_seq_len", contextual_seq_len, 0),
@@ -140,6 +145,19 @@ def _check_plane(name: str, plane: Tensor, sizes: tuple, device: torch.device) -
             )
 
 
+def _check_tile_states(attn_mask: Tensor | None, states: Tensor | None) -> None:
+    if attn_mask is None or states is None:
+        both = "both of attn_mask and mask_tile_states, or neither"
+        expect(attn_mask is states, "mask_tile_states", "missing" if states is None else "given", both)
+        return
+    expect(states.dtype == torch.uint8, "the dtype of mask_tile_states", states.dtype, "uint8")
+    expect(states.device == attn_mask.device, "the device of mask_tile_states", states.device, "that of attn_mask")
+    expect(states.dim() == 4, "the shape of mask_tile_states", tuple(states.shape), "[B|1, H|1, tiles, tiles]")
+    wanted = tile_states_shape(attn_mask)
+    for size, full in zip(states.shape, wanted, strict=True):
+        _same(size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"{wanted}, for that attn_mask")
+
+
 def check_attention_values(
     q: Tensor,
     *,
@@ -147,11 +165,19 @@ def check_attention_values(
     seq_lengths: Tensor | None,
     num_targets: Tensor | None,
     num_contextuals: Tensor | None,
+    attn_mask: Tensor | None,
+    mask_tile_states: Tensor | None,
     max_seq_len: int,
     contextual_seq_len: int,
     **_others,
 ) -> None:
-    """Offsets, lengths and counts themselves. On a GPU this waits for the device: only the debug option does it."""
+    """Offsets, lengths and counts themselves, and whether the states of the mask's tiles are its own.
+
+    On a GPU this waits for the device: only the debug option does it.
+    """
+    if attn_mask is not None and mask_tile_states is not None:
+        own = torch.equal(mask_tile_states, tile_states(attn_mask))
+        expect(own, "mask_tile_states", "of another mask", "those of attn_mask")
     if seq_offsets is not None:
         offsets = seq_offsets.tolist()
         expect(offsets[0] == 0, "seq_offsets[0]", offsets[0], "0")

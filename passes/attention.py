@@ -34,6 +34,7 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.jagged import read_offsets_at_their_source
+from hstu_compile.passes.mask_tile_states import with_tile_states
 from hstu_compile.passes.products import Labels, Product, as_product
 from hstu_compile.passes.report import Region, Report, source_line
 
@@ -110,14 +111,16 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
     k = layout.operand(region.k, region.column, region.attn, weights.of_k)
     v = layout.operand(region.v, region.column, region.hidden, weights.of_v)
     meaning = weights.meaning if isinstance(weights.meaning, MaskMeaning) else MaskMeaning(causal=False)
-    mask, bias = attn_mask(layout, weights.masks), attn_bias(layout, weights.biases)
+    mask, bias, states = attn_mask(layout, weights.masks), attn_bias(layout, weights.biases), None
+    if mask is not None:
+        mask, states = with_tile_states(mask, before)
     counts = (meaning.seq_lengths, meaning.num_targets, meaning.num_contextuals)
     alpha = scores.alpha * region.q.factor * region.k.factor
     args = (
         *(q, k, v),
         layout.seq_offsets,
         *(_flat(count, before) for count in counts),
-        *(mask, bias),
+        *(mask, bias, states),
         layout.max_seq_len,
         float(alpha),
         weights.scaling_seq_len,

@@ -192,7 +192,7 @@ def erase_dead(roots: Iterable[fx.Node]) -> set[fx.Node]:
     erased: set[fx.Node] = set()
     while todo:
         node = todo.pop()
-        if node in erased or node.users or node.op not in ("call_function", "get_attr") or not _is_pure(node.target):
+        if node in erased or node.users or node.op not in ("call_function", "get_attr") or not is_pure(node.target):
             continue
         todo.extend(node.all_input_nodes)
         erased.add(node)
@@ -200,11 +200,19 @@ def erase_dead(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return erased
 
 
-def _is_pure(target: Any) -> bool:
+def is_pure(target: Any) -> bool:
+    """Whether calls do nothing but give a value, the same for the same arguments."""
+    if may_write(target):
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    return not (random or isinstance(target, torch._ops.OpOverload) and "assert" in target.name())
+
+
+def may_write(target: Any) -> bool:
+    """Whether calls may write to a tensor or change what others give."""
     if isinstance(target, torch._ops.OpOverload):
-        random = torch.Tag.nondeterministic_seeded in target.tags
-        return not (target._schema.is_mutable or random or "assert" in target.name())
-    return isinstance(target, str) or getattr(target, "__module__", None) == "_operator"
+        return target._schema.is_mutable
+    return not (isinstance(target, str) or getattr(target, "__module__", None) == "_operator")
 
 
 def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:

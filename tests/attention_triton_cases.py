@@ -2,6 +2,7 @@
 else in a process of their own in the Triton interpreter (which reads TRITON_INTERPRET when triton is imported).
 """
 
+import itertools
 import os
 
 import pytest
@@ -16,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter  # noqa: F401
 import triton
 import triton.language as tl
+from tiled_masks import tiled
 
 from hstu_compile.ops.attention_mask import attention_mask
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
@@ -31,11 +33,13 @@ from hstu_compile.ops.kernels.mask_tiles import (
     query_spans,
 )
 from hstu_compile.ops.kernels.zero_tail import zero_launch, zero_tail
+from hstu_compile.ops.mask_tile_states import GRAIN, mask_tile_states_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])  # the interpreter has no bf16 products
 UNIT = 128 if GPU else 16  # a tile, or a few
+SMALL_GRAIN = GRAIN if GPU else 16
 LENGTHS = [1, UNIT + 1, 0, 2 * UNIT + 1] + ([UNIT - 1, UNIT, 5 * UNIT + 3] if GPU else [])
 TARGETS = [1, 7, 0, UNIT - 2, 3, UNIT // 2, 9][: len(LENGTHS)]
 CONTEXTUALS = [0, 4, 0, 6, 1, 2, 1][: len(LENGTHS)]
@@ -130,7 +134,7 @@ def check(q, k, v, dout, arguments: dict) -> None:
     arguments = {n: tensor(x) if isinstance(x, list) else x for n, x in arguments.items()}
     mask, bias = arguments["attn_mask"], arguments["attn_bias"]
     scaling_seq_len = 3.0
-    kernel = {**arguments, "scale": 1 / scaling_seq_len}
+    kernel = {**arguments, "attn_mask": tiled(mask, SMALL_GRAIN), "scale": 1 / scaling_seq_len}
     plain = {**arguments, "scaling_seq_len": scaling_seq_len}
     double = {
         **plain,
@@ -249,23 +253,44 @@ def test_mask_tensor_of_every_head_with_everything() -> None:
     check(*tensors, {**arguments, **MASKS["everything"], "attn_mask": mask, "attn_bias": bias})
 
 
-@pytest.mark.parametrize("rows, cols", [(16, 32), (32, 16), (64, 4)])
+def mask_of_tiles(N: int, grain: int, batches: int = 2, heads: int = 3) -> torch.Tensor:
+    """Tiles of zeros, of ones, of ones but for one cell, and some larger ones of the same."""
+    tiles = torch.randint(0, 3, (batches, heads, triton.cdiv(N, grain), triton.cdiv(N, grain)), device=DEVICE)
+    tiles[:, 0, :4, 1:5] = 0
+    tiles[0, :, 2:6, 4:] = 1
+    mask = tiles.bool().repeat_interleave(grain, 2).repeat_interleave(grain, 3).float()
+    mask[:, :, ::grain, ::grain] *= tiles  # that one is 2
+    return mask[:, :, :N, :N]
+
+
+@pytest.mark.parametrize("N", [1, 31, 64, 259])
+def test_tile_states(N: int) -> None:
+    mask = mask_of_tiles(N, GRAIN)
+    weird = torch.where(mask == 2, float("nan"), mask)
+    for cells in (mask, mask.bool(), mask.long(), weird, mask.mT, mask[:1].expand(5, 3, N, N), mask.half()):
+        assert torch.equal(mask_occupancy.tile_states(cells, GRAIN), mask_tile_states_reference(cells))
+    spread = torch.full((2, 3, N + 5, N + 3), float("nan"), device=DEVICE)[:, :, 5:, 2 : N + 2].copy_(mask)
+    assert torch.equal(mask_occupancy.tile_states(spread, GRAIN), mask_tile_states_reference(mask))
+
+
+@pytest.mark.parametrize("rows, cols", [(16, 32), (32, 16), (64, 64), (128, 32), (8, 4)])
 def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
+    """From the states of tiles of 16 x 16 cells: of those in a tile, or of the one that it is part of."""
     monkeypatch.setattr(mask_occupancy, "WIDTH", 4)
-    N = 4 * 64 + 3
-    tiles = torch.randint(0, 3, (2, 3, triton.cdiv(N, rows), triton.cdiv(N, cols)), device=DEVICE)
-    mask = tiles.bool().repeat_interleave(rows, 2).repeat_interleave(cols, 3)[:, :, :N, :N].float()
-    mask[:, :, ::rows, ::cols] *= tiles  # one cell of each tile is 2
-    whole = torch.ones_like(tiles, dtype=torch.bool)
-    whole[:, :, -1], whole[..., -1] = N % rows == 0, N % cols == 0
-    held = tiles > 0
-    for dtype in (torch.float32, torch.bool):
-        ones = whole & (held if dtype == torch.bool else tiles == 1)
-        visits, ranks = mask_occupancy.occupied_tiles(mask.to(dtype), rows, cols)
+    N, grain = 4 * 64 + 3, 16
+    mask = mask_of_tiles(N, grain)
+    row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
+    held, ones = (torch.empty(2, 3, row_tiles, col_tiles, dtype=torch.bool, device=DEVICE) for _ in range(2))
+    for row, col in itertools.product(range(row_tiles), range(col_tiles)):
+        first_row, first_col = row * rows // grain * grain, col * cols // grain * grain
+        part = mask[:, :, first_row : first_row + max(rows, grain), first_col : first_col + max(cols, grain)]
+        held[:, :, row, col], ones[:, :, row, col] = (part != 0).any(3).any(2), (part == 1).all(3).all(2)
+    assert {0, 1, 2} == set((held.int() + ones).unique().tolist())
+    for tiled_mask in (tiled(mask, grain), tiled(mask.mT.contiguous(), grain).mT):
+        visits, ranks = mask_occupancy.occupied_tiles(tiled_mask, rows, cols)
         assert torch.equal(ranks.long(), F.pad(held.cumsum(-1), (1, 0)))
-        want = (2 * torch.arange(tiles.shape[-1], device=DEVICE) + ones)[held]
-        listed = torch.arange(tiles.shape[-1], device=DEVICE) < ranks[..., -1:]
-        assert torch.equal(visits[listed].long(), want)
+        listed = torch.arange(col_tiles, device=DEVICE) < ranks[..., -1:]
+        assert torch.equal(visits[listed].long(), (2 * torch.arange(col_tiles, device=DEVICE) + ones)[held])
 
 
 def test_a_call_lists_tiles_of_one_shape_once(monkeypatch) -> None:
@@ -276,7 +301,8 @@ def test_a_call_lists_tiles_of_one_shape_once(monkeypatch) -> None:
     tile, tall = Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)
     monkeypatch.setattr(attention_triton, "tiles_for", lambda *_, **__: Tiles(tile, tile, tall, tile))
     *tensors, arguments = inputs("jagged", 16, 16, torch.float32)
-    cells = {"attn_mask": torch.ones(1, 1, N, N, device=DEVICE), "attn_bias": torch.randn(1, 1, N, N, device=DEVICE)}
+    ones, bias = torch.ones(1, 1, N, N, device=DEVICE), torch.randn(1, 1, N, N, device=DEVICE)
+    cells = {"attn_mask": tiled(ones), "attn_bias": bias}
     call = {**arguments, **cells, "scale": 1.0}
     attention_triton.backward(tensors[3], *tensors[:3], **call, needs_bias_grad=True)
     assert made == [(16, 32), (16, 32)]  # queries by keys, then keys by queries

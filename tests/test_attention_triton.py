@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from hstu_compile.ops.kernels import attention_triton, mask_occupancy
+from hstu_compile.ops.kernels.mask_occupancy import TiledMask
+from hstu_compile.ops.mask_tile_states import GRAIN
 
 NOTHING = dict.fromkeys(["seq_lengths", "num_targets", "num_contextuals", "attn_mask", "attn_bias"])
 CASES = Path(__file__).with_name("attention_triton_cases.py")
@@ -30,6 +32,7 @@ else:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+STATES = torch.empty(1, 1, 1, 1, dtype=torch.uint8)
 BY_KEYS = ["product_kernel BY_KEYS", "product_kernel dx_rows BY_KEYS"]
 
 
@@ -101,7 +104,8 @@ def test_a_bias_fits_at_the_largest_head_dim(capability: int, dtype: torch.dtype
 def test_bias_and_mask_without_spills(dim: int, monkeypatch) -> None:
     """Of a model that makes its own mask and a bias a sequence: [N, N] and [B, 1, N, N], rows aligned."""
     monkeypatch.setattr(attention_triton, "occupied_tiles", empty_lists)
-    cells = {"attn_mask": torch.empty(16, 16).expand(1, 1, 16, 16), "attn_bias": torch.empty(1, 1, 16, 16)}
+    mask = TiledMask(torch.empty(16, 16).expand(1, 1, 16, 16), STATES, GRAIN)
+    cells = {"attn_mask": mask, "attn_bias": torch.empty(1, 1, 16, 16)}
     taken = compile_attention(90, dim, dim, torch.bfloat16, monkeypatch, **cells)
     for kernel, resources in taken.items():
         assert resources.shared <= compile_only.SHARED_MEMORY[90], kernel
@@ -112,10 +116,14 @@ def test_everything_at_once_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every clause of the mask, a mask tensor and a bias; and the kernels that find the mask's occupied tiles."""
 
     def occupied_tiles(mask, rows, cols) -> tuple[torch.Tensor, torch.Tensor]:
-        states, lists = torch.empty(1, dtype=torch.int8), empty_lists(mask, rows, cols)
+        lists = empty_lists(mask, rows, cols)
+        cells, states, widths = mask.cells.view(torch.uint8), mask.states, (GRAIN, mask_occupancy.STRIP)
+        shape = rows, cols, GRAIN, mask_occupancy.WIDTH
         for compiled in (
-            mask_occupancy.tile_states_kernel.warmup(mask, mask.stride(), states, 16, 1, rows, cols, grid=(1,)),
-            mask_occupancy.list_tiles_kernel.warmup(states, *lists, 1, mask_occupancy.WIDTH, grid=(1,)),
+            mask_occupancy.tile_states_kernel.warmup(cells, cells.stride(), states, 16, 1, *widths, grid=(1,)),
+            mask_occupancy.list_tiles_kernel.warmup(
+                states, *states.stride(), *lists, 1, 1, 1, 1, *shape, grid=(1,), num_warps=1
+            ),
         ):
             assert compile_only.resources(compiled).spilled == 0
         return lists
@@ -123,7 +131,8 @@ def test_everything_at_once_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "occupied_tiles", occupied_tiles)
     counts = torch.ones(1, dtype=torch.int64)
     runtime = {"max_attn_len": 3, "min_full_attn_seq_len": 2, "target_group_size": 2, "targets_share_position": True}
-    cells = {"attn_mask": torch.empty(1, 1, 16, 16, dtype=torch.bool), "attn_bias": torch.empty(1, 2, 16, 16)}
+    mask = TiledMask(torch.empty(1, 1, 16, 16, dtype=torch.bool), STATES, GRAIN)
+    cells = {"attn_mask": mask, "attn_bias": torch.empty(1, 2, 16, 16)}
     taken = compile_attention(
         120, 96, 128, torch.float16, monkeypatch, num_targets=counts, num_contextuals=counts, **runtime, **cells
     )
@@ -150,6 +159,17 @@ def test_changing_sizes_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) ->
                 alpha=1.0 * size, scale=1.0, causal=True, targets_share_position=False,
             )  # fmt: skip
     assert len(compiled) == 1
+
+
+def test_the_lists_of_a_mask_are_compiled_once_for_all_sizes() -> None:
+    states, lists = torch.empty(1, 1, 1, 1, dtype=torch.uint8), empty_lists(None, 64, 64)
+    shape = 64, 128, GRAIN, mask_occupancy.WIDTH
+    with compile_only.target(90):
+        hashes = {
+            mask_occupancy.list_tiles_kernel.warmup(states, *[size] * 4, *lists, *[size] * 4, *shape, grid=(1,)).hash
+            for size in (1, 16, 17)
+        }
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ class AttentionPass:
                 x = node.args[0]
                 q = gm.graph.call_function(torch.ops.aten.unsqueeze.default, (x, 1))
                 offsets = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["val"].dtype == torch.int64]
-                rest = offsets + [None] * 5 + [8, 1.0, 1.0, True, 0, 1, 0, 0, False]
+                rest = offsets + [None] * 6 + [8, 1.0, 1.0, True, 0, 1, 0, 0, False]
                 new = gm.graph.call_function(torch.ops.hstu_compile.hstu_attention.default, (q, q, q, *rest))
                 new = gm.graph.call_function(torch.ops.aten.squeeze.dim, (new, 1))
             node.replace_all_uses_with(new)

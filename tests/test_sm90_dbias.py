@@ -8,9 +8,12 @@ import torch
 from eager_attention import eager_attention
 from error_budget import BACKWARD, assert_within_budget
 from test_sm90_compiles import LENGTHS, MASKS, NOTHING, H, N, assert_fits, on_hopper, read_by_tma, slices
+from tiled_masks import tiled
 
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference
 from hstu_compile.ops.kernels import attention_sm90_dbias_launch, attention_triton
+from hstu_compile.ops.kernels.mask_occupancy import TiledMask
+from hstu_compile.ops.mask_tile_states import GRAIN
 
 B = len(LENGTHS)
 
@@ -33,7 +36,9 @@ def compiled(
     bias = torch.empty(1, 1, length, length, dtype=bias_dtype)
     call = {**NOTHING, "seq_offsets": torch.zeros(sequences + 1, dtype=torch.int64), "max_seq_len": length}
     call |= {name: torch.tensor(value) if isinstance(value, list) else value for name, value in MASKS[mask].items()}
-    call |= {"attn_bias": bias, "attn_mask": None if mask_dtype is None else bias.to(mask_dtype)}
+    call["attn_bias"] = bias
+    if mask_dtype is not None:
+        call["attn_mask"] = TiledMask(bias.to(mask_dtype), torch.empty(1, 1, 1, 1, dtype=torch.uint8), GRAIN)
     with compile_only.target(90):
         out = attention_triton.empty_bias_grad(bias)
         call |= {"alpha": 0.5, "scale": 0.1}
@@ -124,6 +129,8 @@ def check(
     leaf = bias.detach().nan_to_num(0.0).requires_grad_()
     out = eager_attention(q, k, v, **{**plain, "attn_bias": leaf})
     (eager,) = torch.autograd.grad(out, leaf, dout.nan_to_num(0.0))
+
+    call["attn_mask"] = tiled(attn_mask)
 
     def run() -> torch.Tensor:
         return attention_sm90_dbias_launch.dbias(dout, q, k, v, **call, scale=1 / 300)

@@ -14,6 +14,7 @@ import torch
 from eager_attention import eager_attention
 from error_budget import BACKWARD, FORWARD, assert_within_budget
 from test_sm90_compiles import LENGTHS, MASKS, NOTHING, H, assert_fits, kernels_of, on_hopper, slices
+from tiled_masks import tiled
 from torch import Tensor
 
 from hstu_compile.ops.hstu_attention_reference import (
@@ -22,6 +23,8 @@ from hstu_compile.ops.hstu_attention_reference import (
     live_cells,
 )
 from hstu_compile.ops.kernels import attention_sm90
+from hstu_compile.ops.kernels.mask_occupancy import TiledMask
+from hstu_compile.ops.mask_tile_states import GRAIN
 
 BF16, FP16, FP32, FP64, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bool
 B = len(LENGTHS)
@@ -37,7 +40,9 @@ def compiled(
     call = {**NOTHING, "seq_offsets": torch.tensor([0, rows]), "max_seq_len": rows, "alpha": 0.5, "scale": 0.1}
     call |= {name: torch.tensor(value) if isinstance(value, list) else value for name, value in MASKS[mask].items()}
     call["attn_bias"] = None if bias is None else torch.empty(1, 1, rows, rows, dtype=bias)
-    call["attn_mask"] = None if weight is None else torch.empty(1, H, rows, rows, dtype=weight)
+    if weight is not None:
+        states = torch.empty(1, H, 1, 1, dtype=torch.uint8)
+        call["attn_mask"] = TiledMask(torch.empty(1, H, rows, rows, dtype=weight), states, GRAIN)
     lists = torch.empty(1, H, 1, 1, dtype=torch.int32), torch.empty(1, H, 1, 2, dtype=torch.int32)
     kernels = attention_sm90.kernels()._replace(occupied_tiles=lambda *_: lists)
     monkeypatch.setattr(attention_sm90, "kernels", lambda: kernels)
@@ -156,6 +161,8 @@ def check(
     empty = torch.empty
     monkeypatch.setattr(attention_sm90.torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
 
+    call["attn_mask"] = tiled(weight)
+
     def run() -> list[Tensor]:
         out = attention_sm90.forward(q, k, v, **call, scale=1 / 300)
         return [out, *attention_sm90.backward(dout, q, k, v, **call, scale=1 / 300, needs_bias_grad=needs)]
@@ -230,7 +237,13 @@ def test_nothing_to_do() -> None:
         x = torch.randn(T, H, 64, device="cuda", dtype=BF16)
         cells = torch.ones(1, 1, length, length, device="cuda")
         call = {**NOTHING, "seq_offsets": torch.zeros(sequences + 1, dtype=torch.int64, device="cuda")}
-        call |= {"max_seq_len": length, "attn_bias": cells, "attn_mask": cells.long(), "alpha": 1.0, "scale": 1.0}
+        call |= {
+            "max_seq_len": length,
+            "attn_bias": cells,
+            "attn_mask": tiled(cells.long()),
+            "alpha": 1.0,
+            "scale": 1.0,
+        }
         out = attention_sm90.forward(x, x, x, **call)
         grads = attention_sm90.backward(out, x, x, x, **call, needs_bias_grad=True)
         assert [t.shape for t in (out, *grads)] == [x.shape] * 4 + [cells.shape]

@@ -100,7 +100,8 @@ def kernels() -> Kernels:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | None = None, **call: Any) -> Tensor:
-    """out, contiguous; keywords as in `hstu_compile.ops.hstu_attention`, with scale = 1 / scaling_seq_len.
+    """out, contiguous; keywords as in `hstu_compile.ops.hstu_attention`, with scale = 1 / scaling_seq_len, and a
+    TiledMask for attn_mask.
 
     memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
     """
@@ -333,14 +334,18 @@ def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
 
 def pairs_of(x: Tensor, rows: int, cols: int, call: dict[str, Any], *, by_keys: bool) -> Any:
     """Bias and mask tensor, as a kernel takes them whose output tiles have so many rows and stream `cols`."""
-    portable, bias, mask = kernels().portable, call["attn_bias"], call["attn_mask"]
-    size = num_sequences(x, call), x.shape[-2]
+    mask, size = call["attn_mask"], (num_sequences(x, call), x.shape[-2])
     lists = kernels().lists(None, None, None, None)
     if mask is not None:
-        shared = portable.unexpanded(mask)
-        visits, ranks = kernels().occupied_tiles(shared.mT if by_keys else shared, rows, cols)
-        lists = kernels().lists(visits, ranks, *(portable.constant(size > 1) for size in shared.shape[:2]))
-    return kernels().pairs(cells_of(bias, *size), cells_of(mask, *size), lists)
+        visits, ranks = kernels().occupied_tiles(mask.mT if by_keys else mask, rows, cols)
+        lists = kernels().lists(visits, ranks, *(kernels().portable.constant(n > 1) for n in mask.states.shape[:2]))
+    return kernels().pairs(cells_of(call["attn_bias"], *size), weights_of(call, *size), lists)
+
+
+def weights_of(call: dict[str, Any], sequences: int, heads: int) -> Any:
+    """The mask tensor, if there is one."""
+    mask = call["attn_mask"]
+    return cells_of(None if mask is None else mask.cells, sequences, heads)
 
 
 def cells_of(t: Tensor | None, sequences: int, heads: int) -> Any:

@@ -34,12 +34,12 @@ def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms
     """What `dbias` runs once it has found the sequences and heads that share each tile."""
     lists = portable.Call(q, k, v, **call).sharers(Tile(TILE, TILE, 1, 1))
     (dout, q, k, v), batch_rows = sm90.loadable(dout, q, k, v)
-    bias, mask, chunk = loadable_bias(call["attn_bias"]), call["attn_mask"], min(CHUNK, sm90.filled_dim(q, v))
+    bias, chunk = loadable_bias(call["attn_bias"]), min(CHUNK, sm90.filled_dim(q, v))
     size = num_sequences, num_heads = sm90.num_sequences(q, call), q.shape[-2]
     tiles, most = lists["sharers_ptr"].shape
     arguments = (*(sm90.describe(x, TILE, chunk) for x in (q, k, dout, v)), describe_bias(bias))
     absent = sm90.kernels().lists(None, None, None, None)
-    pairs = sm90.kernels().pairs(sm90.cells_of(None, *size), sm90.cells_of(mask, *size), absent)
+    pairs = sm90.kernels().pairs(sm90.cells_of(None, *size), sm90.weights_of(call, *size), absent)
     arguments += (
         portable.cells_of(out, *size),
         pairs,

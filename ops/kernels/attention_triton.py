@@ -17,7 +17,7 @@ from hstu_compile.ops.kernels.attention_triton_dbias import dbias_kernel, sharer
 from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, product_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
-from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
+from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
 from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
@@ -97,7 +97,7 @@ class Call:
         seq_lengths: Tensor | None,
         num_targets: Tensor | None,
         num_contextuals: Tensor | None,
-        attn_mask: Tensor | None,
+        attn_mask: TiledMask | None,
         attn_bias: Tensor | None,
         max_seq_len: int,
         alpha: float,
@@ -116,7 +116,7 @@ class Call:
         gpu = capability_and_memory(q.device)
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
-        self.attn_mask = None if attn_mask is None else unexpanded(attn_mask)
+        self.attn_mask = attn_mask
         self.attn_bias = attn_bias
         self.lists: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
         per_sequence = (seq_offsets, seq_lengths, num_targets, num_contextuals)
@@ -140,7 +140,7 @@ class Call:
         self.alpha, self.scale = float(alpha), float(scale)
         self.shared = {
             **self.sequences,
-            "mask": None if self.attn_mask is None else self.cells(self.attn_mask),
+            "mask": None if attn_mask is None else self.cells(attn_mask.cells),
             "bias": None if attn_bias is None else self.cells(attn_bias),
             "alpha": self.alpha,
             "FAST": q.is_cuda and q.element_size() == 2,
@@ -298,14 +298,6 @@ def widths(dim: int) -> tuple[tl.constexpr, tl.constexpr]:
 @functools.cache
 def family_of(causal: bool, contextual: bool, targets: bool, window: bool, shared: bool) -> Family:
     return Family(constant(causal), constant(contextual), constant(targets), constant(window), constant(shared))
-
-
-def unexpanded(t: Tensor) -> Tensor:
-    """[B|1, H|1, N, N] with every expanded leading dimension back at size 1."""
-    for dim in (0, 1):
-        if t.stride(dim) == 0:
-            t = t.narrow(dim, 0, min(1, t.shape[dim]))
-    return t
 
 
 @functools.cache

@@ -1,40 +1,91 @@
-"""Which tiles of a mask tensor hold anything, found before a launch: the attention kernels visit those only."""
+"""Which tiles of a mask tensor hold anything, found before a launch: the attention kernels visit those only.
+
+The mask is read once, into the state of each of its smallest tiles. The lists of every kernel, in tiles of its own
+shape, are made from these.
+"""
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+STRIP = 128  # columns of the mask that a program reads
 WIDTH = 128  # tiles that are listed at a time
+STEPS = ["batch_step", "head_step", "row_step", "col_step"]
+SIZES = ["num_heads", "row_tiles", "col_tiles", "grains"]
+
+
+class TiledMask(NamedTuple):
+    """A mask tensor and the states of its tiles of grain x grain cells."""
+
+    cells: Tensor  # [B|1, H|1, N, N]
+    states: Tensor  # uint8 [B|1, H|1, tiles, tiles]: see `tile_states`
+    grain: int
+
+    @property
+    def mT(self) -> "TiledMask":
+        return TiledMask(self.cells.mT, self.states.mT, self.grain)
+
+
+@triton.jit
+def state_of(lowest, highest):
+    """The state of a tile whose parts have states from `lowest` to `highest`."""
+    return tl.where(lowest == 2, 2, tl.minimum(highest, 1))
 
 
 @triton.jit(do_not_specialize=["num_heads"])
-def tile_states_kernel(mask_ptr, strides, states_ptr, N, num_heads, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One program a tile: 0 if all its cells are 0, 2 if all are 1, else 1."""
-    row_tiles = tl.cdiv(N, ROWS)
-    col_tiles = tl.cdiv(N, COLS)
-    tile = tl.program_id(0)
-    sequence_head = (tile // col_tiles // row_tiles).to(tl.int64)
-    rows = tile // col_tiles % row_tiles * ROWS + tl.arange(0, ROWS)
-    cols = tile % col_tiles * COLS + tl.arange(0, COLS)
-    mask_ptr += sequence_head // num_heads * strides[0] + sequence_head % num_heads * strides[1]
+def tile_states_kernel(mask_ptr, strides, states_ptr, N, num_heads, GRAIN: tl.constexpr, STRIP: tl.constexpr):
+    """One program for the tiles of GRAIN rows and STRIP columns."""
+    TILES: tl.constexpr = STRIP // GRAIN
+    row_tiles = tl.cdiv(N, GRAIN)
+    strips = tl.cdiv(N, STRIP)
+    strip = tl.program_id(0) % strips
+    row_tile = tl.program_id(0) // strips % row_tiles
+    matrix = (tl.program_id(0) // strips // row_tiles).to(tl.int64)
+    rows = row_tile * GRAIN + tl.arange(0, GRAIN)
+    cols = strip * STRIP + tl.arange(0, STRIP)
+    inside = (rows[:, None] < N) & (cols[None, :] < N)
+    mask_ptr += matrix // num_heads * strides[0] + matrix % num_heads * strides[1]
     cells = mask_ptr + rows[:, None].to(tl.int64) * strides[2] + cols[None, :].to(tl.int64) * strides[3]
-    weight = tl.load(cells, mask=(rows[:, None] < N) & (cols[None, :] < N), other=0)
+    weight = tl.load(cells, mask=inside, other=0)
     state = (weight != 0).to(tl.int32) + (weight == 1).to(tl.int32)
-    tl.store(states_ptr + tile, tl.where(tl.min(state) == 2, 2, tl.minimum(tl.max(state), 1)))
+    lowest = tl.min(tl.where(inside, state, 2), axis=0)
+    lowest = tl.min(tl.reshape(lowest, [TILES, GRAIN]), axis=1)
+    highest = tl.max(tl.reshape(tl.max(state, axis=0), [TILES, GRAIN]), axis=1)
+    tiles = strip * TILES + tl.arange(0, TILES)
+    states_ptr += (matrix * row_tiles + row_tile) * row_tiles
+    tl.store(states_ptr + tiles, state_of(lowest, highest), mask=tiles < row_tiles)
 
 
-@triton.jit(do_not_specialize=["col_tiles"])
-def list_tiles_kernel(states_ptr, visits_ptr, ranks_ptr, col_tiles, WIDTH: tl.constexpr):
-    """One program a row of tiles."""
+@triton.jit(do_not_specialize=[*STEPS, *SIZES])
+def list_tiles_kernel(
+    states_ptr, batch_step, head_step, row_step, col_step, visits_ptr, ranks_ptr, num_heads, row_tiles, col_tiles,
+    grains, ROWS: tl.constexpr, COLS: tl.constexpr, GRAIN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program a row of tiles of ROWS x COLS cells."""
     line = tl.program_id(0).to(tl.int64)
-    states_ptr += line * col_tiles
+    matrix = line // row_tiles
+    row = tl.program_id(0) % row_tiles * ROWS
+    states_ptr += matrix // num_heads * batch_step + matrix % num_heads * head_step
     visits_ptr += line * col_tiles
     ranks_ptr += line * (col_tiles + 1)
     rank = tl.zeros((), tl.int32)
     for first in range(0, col_tiles, WIDTH):
         tile = first + tl.arange(0, WIDTH)
-        state = tl.load(states_ptr + tile, mask=tile < col_tiles, other=0).to(tl.int32)
+        lowest = tl.full((WIDTH,), 2, tl.int32)
+        highest = tl.zeros((WIDTH,), tl.int32)
+        for i in tl.static_range(0, ROWS, GRAIN):
+            for j in tl.static_range(0, COLS, GRAIN):
+                grain_row = (row + i) // GRAIN
+                grain_col = (tile * COLS + j) // GRAIN
+                inside = (grain_row < grains) & (grain_col < grains)
+                where = grain_row.to(tl.int64) * row_step + grain_col.to(tl.int64) * col_step
+                state = tl.load(states_ptr + where, mask=inside, other=0).to(tl.int32)
+                lowest = tl.minimum(lowest, tl.where(inside, state, 2))
+                highest = tl.maximum(highest, state)
+        state = tl.where(tile < col_tiles, state_of(lowest, highest), 0)
         occupied = (state != 0).to(tl.int32)
         ranks = rank + tl.cumsum(occupied) - occupied
         tl.store(ranks_ptr + tile, ranks, mask=tile < col_tiles)
@@ -43,21 +94,39 @@ def list_tiles_kernel(states_ptr, visits_ptr, ranks_ptr, col_tiles, WIDTH: tl.co
     tl.store(ranks_ptr + col_tiles, rank)
 
 
-def occupied_tiles(mask: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """For every row of tiles of `mask` [B, H, N, N], tiles of `rows` x `cols`: visits and ranks, both int32.
+def tile_states(mask: Tensor, grain: int) -> Tensor:
+    """For every tile of grain x grain cells of `mask` [B, H, N, N]: 0 if all are 0, 2 if all are 1, else 1; uint8.
 
-    visits[b, h, r, i] = 2 * c + w for the i-th column tile c that holds a nonzero cell, w = 1 if all its cells are 1.
-    ranks[b, h, r, c] = how many column tiles before c hold one: those in [c0, c1) are visits[ranks[c0] : ranks[c1]].
+    Tiles at the end have the cells that there are.
     """
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     B, H, N, _ = mask.shape
-    row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
-    visits = torch.empty(B, H, row_tiles, col_tiles, dtype=torch.int32, device=mask.device)
-    ranks = torch.empty(B, H, row_tiles, col_tiles + 1, dtype=torch.int32, device=mask.device)
-    if visits.numel():
-        states = torch.empty(visits.shape, dtype=torch.int8, device=mask.device)
+    tiles, strips = triton.cdiv(N, grain), triton.cdiv(N, STRIP)
+    states = torch.empty(B, H, tiles, tiles, dtype=torch.uint8, device=mask.device)
+    if states.numel():
         with torch.cuda.device_of(mask):
-            tile_states_kernel[(visits.numel(),)](mask, mask.stride(), states, N, H, ROWS=rows, COLS=cols, num_warps=8)
-            list_tiles_kernel[(B * H * row_tiles,)](states, visits, ranks, col_tiles, WIDTH=WIDTH, num_warps=1)
+            programs = (B * H * tiles * strips,)
+            tile_states_kernel[programs](mask, mask.stride(), states, N, H, GRAIN=grain, STRIP=STRIP, num_warps=4)
+    return states
+
+
+def occupied_tiles(mask: TiledMask, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """For every row of tiles of the mask, tiles of `rows` x `cols`: visits and ranks, both int32.
+
+    visits[b, h, r, i] = 2 * c + w for the i-th column tile c that holds a nonzero cell, w = 1 if all its cells are 1.
+    ranks[b, h, r, c] = how many column tiles before c hold one: those in [c0, c1) are visits[ranks[c0] : ranks[c1]].
+    A tile smaller than the mask's grain counts as the one that it is part of.
+    """
+    states, N = mask.states, mask.cells.shape[-1]
+    B, H, grains, _ = states.shape
+    row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
+    visits = torch.empty(B, H, row_tiles, col_tiles, dtype=torch.int32, device=states.device)
+    ranks = torch.empty(B, H, row_tiles, col_tiles + 1, dtype=torch.int32, device=states.device)
+    if visits.numel():
+        sizes = {"ROWS": rows, "COLS": cols, "GRAIN": mask.grain, "WIDTH": WIDTH}
+        with torch.cuda.device_of(states):
+            list_tiles_kernel[(B * H * row_tiles,)](
+                states, *states.stride(), visits, ranks, H, row_tiles, col_tiles, grains, **sizes, num_warps=1
+            )
     return visits, ranks
