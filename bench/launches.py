@@ -8,17 +8,15 @@ are calls, timed by the clock.
 import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.measure import milliseconds
+from bench.clock import milliseconds, rest
 
 SUSTAINED = 10  # launches back to back
-PAUSE = 2  # after a launch alone, in times of the launch
 WARM_UP = 3
 
 Call = Callable[[], Any]
@@ -89,8 +87,7 @@ def interleaved(launches: Mapping[str, Launches], device: torch.device, seconds:
     def a_round(number: int) -> None:
         for name, one in launches.items():
             single[name].append(milliseconds(one.single[number % len(one.single)], device))
-            if device.type == "cuda":
-                time.sleep(PAUSE * single[name][-1] / 1e3)
+            rest(single[name][-1], device)
 
     for number in range(WARM_UP):
         a_round(number)
