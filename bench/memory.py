@@ -81,7 +81,7 @@ def timeline(snapshot: Mapping[str, Any]) -> Timeline:
             continue
         event += 1
     if not event or not marks:
-        what = "a mark between forward and backward" if event else "a history of allocations"
+        what = "mark between forward and backward" if event else "history of allocations"
         raise ValueError(f"the snapshot has no {what}: record it with `python -m bench.layer run --snapshot FILE`")
     blocks += [Block(size, begin, event) for size, begin in live.values()]
     return Timeline(sorted(blocks, key=lambda block: block.begin), event, marks[0])
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.files:
         try:
             timelines[path.stem] = timeline(pickle.loads(path.read_bytes()))
-        except ValueError as error:
+        except (ValueError, pickle.UnpicklingError) as error:
             parser.error(f"{path}: {error}")
     draw(timelines).savefig(args.out, dpi=110)
     print(args.out)
