@@ -5,13 +5,13 @@ What was fused and what was not, how far the numbers are from float64, and time 
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 import hstu_compile
-from bench.measure import compiled, error_and_budget, interleaved_milliseconds, peak_mib, results, training_step
+from bench.measure import IMPLEMENTATIONS, TrainingStep, compiled, error_and_budget, interleaved, memory, results
 from bench.native_layer import HSTUStack
 from bench.show import table
 
@@ -52,8 +52,8 @@ def show_errors(args: argparse.Namespace, model: nn.Module) -> bool:
     seq_len, batch = args.seq_len[0], min(args.batch, ERROR_BATCH)
     x, dout = inputs(args, batch, seq_len, DTYPES[args.dtype])
     lengths = torch.randint(seq_len // 2, seq_len + 1, (batch,), device=args.device)
-    functions, parameters = compiled(model), dict(model.named_parameters())
-    eager, ours = (results(functions[name], parameters, x, lengths, dout) for name in ("native", "hstu"))
+    parameters = dict(model.named_parameters())
+    eager, ours = (results(compiled(model, name), parameters, x, lengths, dout) for name in ("native", "hstu"))
     exact_model = copy.deepcopy(model).double()
     exact_x = x.detach().double().requires_grad_()
     exact = results(exact_model, dict(exact_model.named_parameters()), exact_x, lengths, dout.double())
@@ -77,21 +77,19 @@ def show_speed(args: argparse.Namespace, model: nn.Module, device: torch.device)
     for seq_len in args.seq_len:
         torch._dynamo.reset()  # each length is compiled for itself
         x, dout = inputs(args, args.batch, seq_len, DTYPES[args.dtype])
-        lengths = full_lengths(args, seq_len)
-
-        def step(function: Callable, x: Tensor = x, lengths: Tensor = lengths, dout: Tensor = dout) -> None:
-            training_step(function, parameters, x, lengths, dout)
-
-        steps = {name: lambda f=function: step(f) for name, function in compiled(model).items()}
-        for run in steps.values():
+        sets = [(x, full_lengths(args, seq_len), dout)]
+        steps = {name: TrainingStep(compiled(model, name), parameters, sets) for name in IMPLEMENTATIONS}
+        for step in steps.values():
             for _ in range(WARM_UP):
-                run()
-        times = interleaved_milliseconds(steps, device, ROUNDS[device.type])
-        for name, run in steps.items():
-            speed_up = times["native"] / times[name]
-            rows.append([str(seq_len), name, f"{times[name]:.2f}", f"{speed_up:.2f}x", f"{peak_mib(run, device):.0f}"])
+                step()
+        times = interleaved(steps, device, ROUNDS[device.type])
+        for name, step in steps.items():
+            ms, host_ms = times[name].step
+            against_native = f"{times['native'].step.ms / ms:.2f}x"
+            peak = memory(step, device).peak
+            rows.append([str(seq_len), name, f"{ms:.2f}", against_native, f"{host_ms:.2f}", f"{peak:.0f}"])
     print("One training step (forward and backward), full-length sequences, dropout 0.2\n")
-    print(table(["N", "implementation", "ms (median)", "against native", "peak MiB"], rows))
+    print(table(["N", "implementation", "ms (median)", "against native", "host, ms", "peak MiB"], rows))
     if device.type != "cuda":
         print("\nWithout a GPU the ops run as plain PyTorch; these times say nothing about a GPU.")
 

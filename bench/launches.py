@@ -8,18 +8,16 @@ are calls, timed by the clock.
 import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.measure import milliseconds
+from bench.clock import Clock, rest
 
 SUSTAINED = 10  # launches back to back
-PAUSE = 2  # after a launch alone, in times of the launch
-HEAD_START = 200_000  # cycles, 0.1 ms: longer than it takes to replay a graph
+HEAD_START = 200_000  # clock cycles, 0.1 ms: a graph is replayed in less
 WARM_UP = 3
 
 Call = Callable[[], Any]
@@ -82,6 +80,7 @@ def _repeated(calls: Sequence[Call]) -> list[Call]:
 
 def interleaved(launches: Mapping[str, Launches], device: torch.device, seconds: float) -> dict[str, Times]:
     """Times of each, over rounds in which each runs once, about `seconds` of them alone and `seconds` sustained."""
+    clock = Clock(device, HEAD_START)
     for one in launches.values():
         one.sustained()
     single: dict[str, list[float]] = {name: [] for name in launches}
@@ -89,9 +88,8 @@ def interleaved(launches: Mapping[str, Launches], device: torch.device, seconds:
 
     def a_round(number: int) -> None:
         for name, one in launches.items():
-            single[name].append(milliseconds(one.single[number % len(one.single)], device, HEAD_START))
-            if device.type == "cuda":
-                time.sleep(PAUSE * single[name][-1] / 1e3)
+            single[name].append(clock.time(one.single[number % len(one.single)])[0].ms)
+            rest(single[name][-1], device)
 
     for number in range(WARM_UP):
         a_round(number)
@@ -102,7 +100,7 @@ def interleaved(launches: Mapping[str, Launches], device: torch.device, seconds:
         a_round(number)
     for _ in range(_within(seconds / per_round / SUSTAINED, 2, 5)):
         for name, one in launches.items():
-            sustained[name].append(milliseconds(one.sustained, device, HEAD_START) / SUSTAINED)
+            sustained[name].append(clock.time(one.sustained)[0].ms / SUSTAINED)
     return {name: Times(statistics.median(single[name]), statistics.median(sustained[name])) for name in launches}
 
 

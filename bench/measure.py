@@ -1,85 +1,114 @@
-"""Time, peak memory and error of one step."""
+"""A training step: its time, memory and error."""
 
 import contextlib
+import itertools
 import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import hstu_compile
+from bench.clock import Clock, Time, rest
 from hstu_compile.verify import BACKWARD, FORWARD, figures_of
 
-
-def compiled(model: nn.Module) -> dict[str, Callable]:
-    """The implementations that are compared: the model as it is, through Inductor, and through this project."""
-    return {
-        "native": model,
-        "inductor": torch.compile(model, backend="inductor"),
-        "hstu": torch.compile(model, backend=hstu_compile.backend),
-    }
+IMPLEMENTATIONS = ("native", "inductor", "hstu")
+Inputs = tuple[Tensor, Tensor, Tensor]  # x, lengths, and the gradient that comes in from above
 
 
-def training_step(model: Callable, parameters: list[nn.Parameter], x: Tensor, lengths: Tensor, dout: Tensor) -> None:
-    """Forward and backward; the gradients of x and of every parameter are dropped in the end."""
-    model(x, lengths).backward(dout)
-    for tensor in (x, *parameters):
-        tensor.grad = None
+def compiled(model: nn.Module, implementation: str, options: Mapping[str, Any] | None = None) -> Callable:
+    """What is compared: the model as it is, through Inductor, and through this project with `options`."""
+    if implementation == "native":
+        return model
+    backend = {"inductor": "inductor", "hstu": hstu_compile.backend}[implementation]
+    return torch.compile(model, backend=backend, options=options and dict(options))  # type: ignore[call-overload]
 
 
-def interleaved_milliseconds(steps: Mapping[str, Callable[[], None]], device: torch.device, rounds: int) -> dict:
-    """Median time of each step in ms, over rounds in which every step runs once; compile and warm up before."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+class TrainingStep:
+    """Forward and backward, in turn on each of the sets of inputs; gradients are dropped in the end."""
+
+    def __init__(self, model: Callable, parameters: Sequence[nn.Parameter], sets: Sequence[Inputs]) -> None:
+        self.model, self.parameters, self.sets = model, parameters, itertools.cycle(sets)
+        self.out: Tensor | None = None
+
+    def forward(self) -> None:
+        self.x, lengths, self.dout = next(self.sets)
+        self.out = self.model(self.x, lengths)
+
+    def backward(self) -> None:
+        self.out.backward(self.dout)  # type: ignore[union-attr]
+        self.drop()
+
+    def drop(self) -> None:
+        """All that a step has made."""
+        self.out = None
+        for tensor in (self.x, *self.parameters):
+            tensor.grad = None
+
+    def __call__(self) -> None:
+        self.forward()
+        self.backward()
+
+
+class StepTimes(NamedTuple):
+    forward: Time
+    backward: Time
+    step: Time
+
+
+def interleaved(
+    steps: Mapping[str, TrainingStep], device: torch.device, rounds: int, advance: Callable[[], None] = lambda: None
+) -> dict[str, StepTimes]:
+    """Medians over rounds in which every step runs once, on a GPU that has rested; compile and warm up before.
+
+    advance: called after every step.
+    """
+    clock = Clock(device)
+    samples: dict[str, list[tuple[Time, ...]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(milliseconds(step, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+            halves = clock.time(step.forward, step.backward)
+            samples[name].append((*halves, Time(*map(sum, zip(*halves, strict=True)))))
+            rest(samples[name][-1][-1].ms, device)
+            advance()
+    return {name: StepTimes(*map(_median, zip(*found, strict=True))) for name, found in samples.items()}
 
 
-def milliseconds(step: Callable[[], None], device: torch.device, head_start: int = 0) -> float:
-    """head_start: cycles that the GPU waits first, so that the host's time for the first launch is not in it."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        step()
-        return 1e3 * (time.perf_counter() - began)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    if head_start:
-        torch.cuda._sleep(head_start)  # private; in torch 2.11, 2.13 and 2.15
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def _median(times: Sequence[Time]) -> Time:
+    return Time(*map(statistics.median, zip(*times, strict=True)))
 
 
-def peak_mib(step: Callable[[], None], device: torch.device) -> float:
-    """The most memory that a step holds at once beyond what was held before it, in MiB."""
+class Memory(NamedTuple):
+    """MiB beyond what was held before a call."""
+
+    held: float  # after it
+    peak: float  # the most at once
+
+
+def memory(call: Callable[[], None], device: torch.device) -> Memory:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step()
+        call()
         torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        after = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return Memory(*((size - before) / 2**20 for size in after))
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _quiet_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
+        call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-    held = most = 0
-    for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most / 2**20
+    held = [0, *itertools.accumulate(change for _, change in changes)]
+    return Memory(held[-1] / 2**20, max(held) / 2**20)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ GB/s counts what has to move: 3 tensors of [T, W] forward (a, u, y), 5 more back
 
 import argparse
 import json
-import time
+import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.clock import Clock
 from bench.measure import error_and_budget
 from hstu_compile.ops.kernels import norm_gate_dropout as kernels
 from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
@@ -23,7 +25,6 @@ from hstu_compile.ops.norm_gate_dropout_reference import norm_gate_dropout_backw
 
 T, W, DTYPE, EPS = 131072, 1024, torch.bfloat16, 1e-6
 WARMUP, ITERATIONS, ROTATION = 5, 20, 3
-HEAD_START = 100_000_000  # cycles, about 50 ms
 CHECKED_ROWS = 10_000  # some 20 tiles a program, the last ones not full
 RATIOS = (0.0, 0.2)
 # Elements a thread, tiles on their way, warps a multiprocessor, registers a thread.
@@ -63,18 +64,8 @@ def milliseconds(function: Callable[[int], object]) -> tuple[float, float]:
     """Of function(i), i rotating the inputs past the L2: on the GPU (median), and on the host, which only launches."""
     for i in range(WARMUP):
         function(i % ROTATION)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ITERATIONS)]
-    torch.cuda.synchronize()
-    # The GPU waits until all is launched, so that no launch is in its times. Private; in torch 2.11 and 2.13.
-    torch.cuda._sleep(HEAD_START)
-    began = time.perf_counter()
-    for i, (start, end) in enumerate(events):
-        start.record()
-        function(i % ROTATION)
-        end.record()
-    host = (time.perf_counter() - began) / ITERATIONS * 1e3
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[ITERATIONS // 2], host
+    times = Clock(torch.device("cuda")).time(*(partial(function, i % ROTATION) for i in range(ITERATIONS)))
+    return statistics.median(t.ms for t in times), statistics.mean(t.host_ms for t in times)
 
 
 def comparison(inputs: list[list[Tensor]], dy: Tensor) -> Iterator[dict]:

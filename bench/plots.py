@@ -1,11 +1,12 @@
-"""python -m bench.plots attention: docs/attention.png, from bench/results/nvidia-h200/attention.json (extra: plots)."""
+"""python -m bench.plots NAME: docs/NAME.png, from bench/results/nvidia-h200/NAME.json (extra: plots)."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
-from bench.tables import ROOT, Row, results
+from bench.tables import ROOT, Row, layer_label, layer_steps, results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,32 @@ def attention(heading: str, rows: list[Row]) -> "Figure":
     return figure
 
 
-PLOTS = {"attention": attention}
+def layer(heading: str, rows: list[Row]) -> "Figure":
+    """Training step over N: milliseconds of the GPU, and peak memory."""
+    from matplotlib.figure import Figure
+
+    steps = [row for row in layer_steps(rows) if layer_figures.SHAPE.items() <= row.items()]
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    figure.suptitle(f"Training step of an HSTU layer, B=32, H=4, D=256, bfloat16\n{heading}", fontsize="medium")
+    quantities = (("ms", "ms of the GPU", layer_figures.STEP_MS), ("peak_mib", "peak MiB", layer_figures.PEAK_MIB))
+    columns = figure.subplots(1, 2)
+    for axes, (key, title, figures) in zip(columns, quantities, strict=True):
+        for i, label in enumerate(dict.fromkeys(map(layer_label, steps))):
+            points = sorted((row["seq_len"], row[key]) for row in steps if layer_label(row) == label)
+            axes.plot(*zip(*points, strict=True), color=f"C{i}", marker="o", label=label)
+        for i, (name, values) in enumerate(figures.items()):
+            axes.plot(list(values), list(values.values()), color=f"C{9 - i}", linestyle=":", marker="x", label=name)
+        axes.set_title(title)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(layer_figures.SEQ_LENS, map(str, layer_figures.SEQ_LENS))
+        axes.set_xlabel("N")
+        axes.grid(alpha=0.3)
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
+    return figure
+
+
+PLOTS = {"attention": attention, "layer": layer}
 
 
 def draw(name: str, root: Path = ROOT) -> Path:

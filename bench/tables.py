@@ -5,10 +5,11 @@ A table stands between `<!-- bench.tables: NAME -->` and `<!-- end -->`; what is
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,32 +29,52 @@ def results(suite: str, root: Path = ROOT) -> Iterator[tuple[str, list[Row]]]:
 
 
 def layer(rows: list[Row]) -> str:
-    """Training step of one layer: per N, milliseconds and peak memory of each implementation."""
-    steps = [row for row in rows if row["direction"] == "step" and not row["recompute"]]
-    shapes = sorted({(row["batch"], row["num_heads"], row["head_dim"], row["dtype"]) for row in steps})
-    implementations = [
-        name for name in ("native", "inductor", "hstu") if any(r["implementation"] == name for r in steps)
-    ]
+    """Training step of a layer, at every length: milliseconds and memory, beside figures; the host's time."""
+    by_shape: dict[tuple, list[Row]] = {}
+    for row in layer_steps(rows):
+        by_shape.setdefault(tuple(row[key] for key in layer_figures.SHAPE), []).append(row)
     parts = []
-    for shape in shapes:
-        found = {
-            (row["seq_len"], row["implementation"]): row
-            for row in steps
-            if (row["batch"], row["num_heads"], row["head_dim"], row["dtype"]) == shape
-        }
-        header = ["N", *(f"{name}, ms" for name in implementations), *(f"{name}, peak MiB" for name in implementations)]
-        body = [
-            [
-                str(seq_len),
-                *(_cell(found.get((seq_len, name)), "ms", ".2f") for name in implementations),
-                *(_cell(found.get((seq_len, name)), "peak_mib", ".0f") for name in implementations),
-            ]
-            for seq_len in sorted({seq_len for seq_len, _ in found})
-        ]
-        batch, num_heads, head_dim, dtype = shape
-        caption = f"Training step of one layer, B={batch}, H={num_heads}, D={head_dim}, {dtype}:"
-        parts.append(f"{caption}\n\n{_markdown(header, body)}")
+    for shape, steps in sorted(by_shape.items()):
+        num_layers, batch, num_heads, head_dim, dtype, dropout = shape
+        layers = "one layer" if num_layers == 1 else f"{num_layers} layers"
+        what = f"{layers}, B={batch}, H={num_heads}, D={head_dim}, {dtype}, dropout {dropout:g}, full length"
+        times, sizes, italics = [], [], ""
+        if shape == tuple(layer_figures.SHAPE.values()):
+            times, sizes = [layer_figures.STEP_MS], [layer_figures.HELD_MIB, layer_figures.PEAK_MIB]
+            italics = " (in italics: an H200's yardsticks)"
+        parts.append(f"Training step of {what}, ms of the GPU{italics}:")
+        parts.append(_layer_lines(steps, lambda row: f"{row['ms']:.2f}", times))
+        parts.append("Memory, MiB: held after the forward / peak of the step over its inputs:")
+        parts.append(_layer_lines(steps, lambda row: f"{row['held_mib']:.0f} / {row['peak_mib']:.0f}", sizes))
+        shortest = min(row["seq_len"] for row in steps)
+        hosts = [f"{row['host_ms']:.2f} ms ({layer_label(row)})" for row in steps if row["seq_len"] == shortest]
+        parts.append(f"The host's time for a step at N={shortest}: {', '.join(hosts)}.")
     return "\n\n".join(parts)
+
+
+def layer_steps(rows: list[Row]) -> list[Row]:
+    """Of full-length sequences, with every pass."""
+    return [row for row in rows if row["direction"] == "step" and row["full_sequence"] and "passes" not in row]
+
+
+def layer_label(row: Row) -> str:
+    recomputed = f", {' and '.join(row['recompute'])} recomputed" if row["recompute"] else ""
+    return row["implementation"] + recomputed
+
+
+def _layer_lines(steps: list[Row], cell: Callable[[Row], str], figures: Sequence[layer_figures.Figures]) -> str:
+    """A line for each way to run the layer, and for each name in the figures, whose values stand in one cell."""
+    seq_lens = sorted({row["seq_len"] for row in steps})
+    lines: dict[str, dict[int, str]] = {}
+    for row in steps:
+        lines.setdefault(layer_label(row), {})[row["seq_len"]] = cell(row)
+    for name in dict.fromkeys(name for one in figures for name in one):
+        values = {n: [one.get(name, {}).get(n) for one in figures] for n in seq_lens}
+        cells = {n: " / ".join("-" if v is None else f"{v:g}" for v in vs) for n, vs in values.items() if any(vs)}
+        if cells:
+            lines[f"*{name}*"] = cells
+    body = [[label, *(cells.get(n, "-") for n in seq_lens)] for label, cells in lines.items()]
+    return _markdown(["", *(f"N={n}" for n in seq_lens)], body)
 
 
 def attention(rows: list[Row]) -> str:

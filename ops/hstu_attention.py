@@ -164,7 +164,7 @@ def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:7]]
     return (
         sizes, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), shape[1:], k.shape[1:],
-        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[8:],
+        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[8:], kernel_table.forced,
     )  # fmt: skip
 
 

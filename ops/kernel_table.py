@@ -3,9 +3,11 @@
 Never "the highest that is lower": sm_90a code does not run on sm_100.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -15,6 +17,8 @@ KERNELS = "hstu_compile.ops.kernels"
 PORTABLE = "attention_triton"
 REFERENCE = "plain PyTorch"
 ATTENTION = {9: "attention_sm90"}  # capability's major version -> module
+
+forced: str | None = None  # the one kernel that attention runs on, where a benchmark compares them
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,31 @@ class Choice:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, attn_dim: int, hidden_dim: int, *, has_mask: bool, has_bias: bool
 ) -> Choice:
-    """The fastest kernel that supports the call; the plain PyTorch reference where none does."""
+    """The fastest kernel that supports the call; the plain PyTorch reference where none does.
+
+    Raises:
+        ValueError: the kernel that is forced does not support the call.
+    """
+    choice = _choose(device, dtype, attn_dim, hidden_dim, has_mask=has_mask, has_bias=has_bias)
+    if forced not in (None, choice.name):
+        raise ValueError(
+            f"hstu_compile: attention is forced to run on {forced}, and cannot: {'; '.join(choice.declined)}"
+        )
+    return choice
+
+
+def _choose(
+    device: torch.device, dtype: torch.dtype, attn_dim: int, hidden_dim: int, *, has_mask: bool, has_bias: bool
+) -> Choice:
+    if forced == REFERENCE:
+        return Choice(REFERENCE, ("forced",))
     if device.type != "cuda":
         return Choice(REFERENCE, (f"no kernel for device type {device.type}",))
     if importlib.util.find_spec("triton") is None:
         return Choice(REFERENCE, ("triton is not installed",))
     capability = torch.cuda.get_device_capability(device)
     declined: list[str] = []
-    for name in (ATTENTION.get(capability[0]), PORTABLE):
+    for name in (ATTENTION.get(capability[0]), PORTABLE) if forced is None else (forced,):
         if name is None:
             declined.append(f"no kernel of its own for sm_{capability[0]}{capability[1]}")
             continue
@@ -65,3 +86,23 @@ def describe(
 ) -> str:
     """One line for a report."""
     return str(choose_attention(device, dtype, attn_dim, hidden_dim, has_mask=has_mask, has_bias=has_bias))
+
+
+@contextlib.contextmanager
+def force(name: str) -> Iterator[None]:
+    """Within it attention runs on this kernel, a module or REFERENCE, in every thread: a backward has one of its own.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    global forced
+    known = (*ATTENTION.values(), PORTABLE, REFERENCE)
+    if name not in known:
+        raise ValueError(f"hstu_compile: kernel {name!r}, expected one of {known}")
+    before, forced = forced, name
+    choose_attention.cache_clear()
+    try:
+        yield
+    finally:
+        forced = before
+        choose_attention.cache_clear()

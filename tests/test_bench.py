@@ -41,22 +41,55 @@ def test_documents_are_up_to_date(name: str) -> None:
     assert tables.rewritten(text) == text, "run `make tables`"
 
 
+STEP = {"direction": "step", "full_sequence": True, "num_layers": 1, "dropout": 0.2, "host_ms": 2.25, "held_mib": 70.0}
+LAYER = (
+    STEP | {"implementation": "native", "ms": 5.254, "peak_mib": 1000.4},
+    STEP | {"implementation": "hstu", "ms": 2.5, "peak_mib": 400.0},
+    STEP | {"implementation": "hstu", "ms": 9.9, "peak_mib": 3600.0, "seq_len": 4096},
+    STEP | {"implementation": "hstu", "ms": 2.75, "peak_mib": 300.0, "recompute": ["input_layernorm", "input_silu"]},
+    STEP | {"implementation": "hstu", "ms": 8.88, "peak_mib": 1.0, "direction": "forward"},
+    STEP | {"implementation": "hstu", "ms": 8.88, "peak_mib": 1.0, "passes": ["attention"]},
+    STEP | {"implementation": "hstu", "ms": 8.88, "peak_mib": 1.0, "full_sequence": False},
+    STEP | {"implementation": "native", "ms": 7.0, "peak_mib": 1.0, "num_layers": 2},
+)
+
+
 def test_layer_table(tmp_path: Path) -> None:
-    step = {"direction": "step", "peak_mib": 1000.4}
-    write_results(
-        tmp_path,
-        "layer",
-        step | {"implementation": "native", "ms": 5.254},
-        step | {"implementation": "hstu", "ms": 2.5},
-        step | {"implementation": "hstu", "ms": 9.9, "recompute": ["input_silu"]},
-        step | {"implementation": "hstu", "ms": 9.9, "direction": "forward"},
-    )
+    write_results(tmp_path, "layer", *LAYER)
     text = tables.rewritten("a\n<!-- bench.tables: layer -->\nold\n<!-- end -->\nb", tmp_path)
     assert "some-gpu; torch 2.11.0; 2026-01-31" in text
-    assert "| N | native, ms | hstu, ms | native, peak MiB | hstu, peak MiB |" in text
-    assert "| 1024 | 5.25 | 2.50 | 1000 | 1000 |" in text
-    assert "old" not in text and "9.90" not in text
+    assert "old" not in text and "8.88" not in text
     assert tables.rewritten(text, tmp_path) == text
+    heading, step, _, memory, host, other_heading, other, *_ = tables.render("layer", tmp_path).split("\n\n")[1:]
+    assert heading.startswith("Training step of one layer, B=32, H=4, D=256, bfloat16, dropout 0.2, full length")
+    assert step.splitlines() == [
+        "|  | N=1024 | N=4096 |",
+        "| --- | --- | --- |",
+        "| native | 5.25 | - |",
+        "| hstu | 2.50 | 9.90 |",
+        "| hstu, input_layernorm and input_silu recomputed | 2.75 | - |",
+        "| *public native* | 5.25 | 36.07 |",
+        "| *public CUTLASS fused* | 3.13 | 19.18 |",
+        "| *public CUTLASS fused, norm and silu recomputed* | 3.68 | 19.74 |",
+        "| *target* | 2.5 | 15.8 |",
+        "| *target, norm and silu recomputed* | 2.6 | 16.2 |",
+        "| *floor* | 1.6 | 10.1 |",
+    ]
+    assert "| hstu | 70 / 400 | 70 / 3600 |" in memory and "| *public native* | - | 4482 / 5636 |" in memory
+    assert "| *target* | - | - / 3600 |" in memory
+    assert host.startswith("The host's time for a step at N=1024: 2.25 ms (native), 2.25 ms (hstu), 2.25 ms (hstu, inp")
+    assert "2 layers" in other_heading and other.splitlines()[2:] == ["| native | 7.00 |"]
+
+
+def test_layer_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_results(tmp_path, "layer", *LAYER)
+    step, peak = plots.layer(*next(tables.results("layer", tmp_path))).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in step.lines}
+    assert drawn["hstu"] == [2.5, 9.9] and drawn["native"] == [5.254]
+    assert drawn["public native"] == [5.25, 12.99, 36.07, 114.8] and "floor" in drawn
+    drawn = {line.get_label(): list(line.get_ydata()) for line in peak.lines}
+    assert drawn["hstu"] == [400.0, 3600.0] and drawn["target"] == [3600]
 
 
 ATTENTION = (
