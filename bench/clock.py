@@ -67,19 +67,6 @@ def _host_milliseconds(calls: Sequence[Call], ends: Sequence[torch.cuda.Event] =
     return times
 
 
-def milliseconds(call: Call, device: torch.device) -> float:
-    """Of a call on an idle GPU, from before the host begins to enqueue to the end of the work."""
-    if device.type != "cuda":
-        return Clock(device).time(call)[0].ms
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def rest(ms: float, device: torch.device) -> None:
     """After `ms` of work: else the power limit lowers the clock, and with it what is measured next."""
     if device.type == "cuda":
