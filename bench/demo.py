@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hstu_compile
 from bench.measure import IMPLEMENTATIONS, TrainingStep, compiled, error_and_budget, interleaved, memory, results
 from bench.native_layer import HSTUStack
-from bench.show import table
+from bench.show import progress, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = {  # where the flags do not say otherwise
@@ -79,10 +79,12 @@ def show_speed(args: argparse.Namespace, model: nn.Module, device: torch.device)
         x, dout = inputs(args, args.batch, seq_len, DTYPES[args.dtype])
         sets = [(x, full_lengths(args, seq_len), dout)]
         steps = {name: TrainingStep(compiled(model, name), parameters, sets) for name in IMPLEMENTATIONS}
-        for step in steps.values():
-            for _ in range(WARM_UP):
-                step()
-        times = interleaved(steps, device, ROUNDS[device.type])
+        with progress(f"N={seq_len}", len(steps) * (WARM_UP + ROUNDS[device.type])) as advance:
+            for step in steps.values():
+                for _ in range(WARM_UP):
+                    step()
+                    advance()
+            times = interleaved(steps, device, ROUNDS[device.type], advance)
         for name, step in steps.items():
             ms, host_ms = times[name].step
             against_native = f"{times['native'].step.ms / ms:.2f}x"

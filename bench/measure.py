@@ -26,7 +26,7 @@ def compiled(model: nn.Module, implementation: str, options: Mapping[str, Any] |
     if implementation == "native":
         return model
     backend = {"inductor": "inductor", "hstu": hstu_compile.backend}[implementation]
-    return torch.compile(model, backend=backend, options=options and dict(options))  # type: ignore[call-overload]
+    return torch.compile(model, backend=backend, options=options and dict(options))
 
 
 class TrainingStep:
@@ -41,7 +41,7 @@ class TrainingStep:
         self.out = self.model(self.x, lengths)
 
     def backward(self) -> None:
-        self.out.backward(self.dout)  # type: ignore[union-attr]
+        self.out.backward(self.dout)
         self.drop()
 
     def drop(self) -> None:
