@@ -3,9 +3,6 @@
 The partitioner of AOTAutograd honours `node.meta["recompute"]`, which tracing carries from here into the joint graph.
 The nodes are named by the uvqk pass: `node.meta["hstu_compile_role"]`. Slices, views and casts of what is recomputed
 are recomputed too: else the partitioner saves them, which our ops and products read, and nothing is freed.
-
-An activation that is not named is saved. The partitioner alone would compute it again, since that seems free: but u, v,
-q and k go into products and ops of ours, which do not fuse with it, so it would be another pass over all four.
 """
 
 import contextlib
@@ -22,20 +19,17 @@ from hstu_compile.passes.report import Report, source_line
 from hstu_compile.passes.uvqk import MOVES, PROJECTIONS, ROLE, SLICES, SPLITS
 
 ROLES = ("input_layernorm", "uvqk_projection", "input_silu")
-SAVED = ("input_silu",)  # unless recomputed
 
 
 def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> None:
-    """Tag the nodes of these roles, and report them; what is worth saving is saved."""
-    for part in parts(gm):
+    """Tag the nodes of these roles, and report them."""
+    for part in parts(gm) if roles else ():
         tagged: set[fx.Node] = set()
         for node in part.graph.nodes:
             role = node.meta.get(ROLE)
             if role in roles:
                 report.recomputed.append(f"{role}\n    at {source_line(node)}")
                 tagged.add(node)
-            elif role in SAVED:
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             elif role is None and _moves(node) and node.args[0] in tagged:
                 tagged.add(node)
             elif is_call(node, *PROJECTIONS):
