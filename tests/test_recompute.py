@@ -84,7 +84,8 @@ def step(layer: Layer, options: dict[str, bool], inductor: Compiled) -> Step:
     kept = [n for n in backward.graph.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))]
     sizes = [n.meta["val"].numel() for n in kept if isinstance(n.meta["val"], Tensor)]
     nodes = [*forward.graph.nodes, *backward.graph.nodes]
-    calls = [n.target for n in nodes if str(n.target).startswith("hstu_compile.")]
+    ours = [n.target for n in nodes if str(n.target).startswith("hstu_compile.")]
+    calls = [target for target in ours if target is not OPS.mask_tile_states.default]
     return Step(sum(sizes), calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
 
 
