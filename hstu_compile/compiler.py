@@ -14,7 +14,7 @@ from hstu_compile.capture import NotCaptured, capture, graft, placeholders
 from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
 from hstu_compile.passes import apply
-from hstu_compile.passes.recompute import ROLES, cached_apart, recompute
+from hstu_compile.passes.recompute import ROLES, SaveResults, cached_apart, recompute
 from hstu_compile.passes.report import Region, Report, source_line
 from hstu_compile.verify import verified_once
 
@@ -41,6 +41,7 @@ def backend(
         ValueError: an unknown option.
         RuntimeError: what `strict`, `expect` and `verify` ask for.
     """
+    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
     given = {**(options or {}), **{name: value for name, value in kwargs.items() if name in KNOWN}}
@@ -53,6 +54,8 @@ def backend(
         if original is not None:  # from the graft on, the captured graph belongs to Inductor
             verified = functools.partial(verified_once, original, copy.deepcopy(captured))
         graft(captured, gm)
+        own = inductor.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+        inductor["joint_custom_pre_pass"] = SaveResults(own)
     with cached_apart(_recomputed_roles(chosen)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
     if verified:

@@ -3,14 +3,19 @@
 The partitioner of AOTAutograd honours `node.meta["recompute"]`, which tracing carries from here into the joint graph.
 The nodes are named by the uvqk pass: `node.meta["hstu_compile_role"]`. Slices, views and casts of what is recomputed
 are recomputed too: else the partitioner saves them, which our ops and products read, and nothing is freed.
+
+An activation that is not named is saved. The partitioner by itself would compute it again, since that seems free: but
+u, v, q and k go into products and ops of ours, which do not fuse with it, so it is another pass over all four.
 """
 
 import contextlib
 import operator
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hstu_compile.passes import parts
@@ -19,17 +24,20 @@ from hstu_compile.passes.report import Report, source_line
 from hstu_compile.passes.uvqk import MOVES, PROJECTIONS, ROLE, SLICES, SPLITS
 
 ROLES = ("input_layernorm", "uvqk_projection", "input_silu")
+SAVED = "input_silu"  # unless recomputed
 
 
 def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> None:
-    """Tag the nodes of these roles, and report them."""
-    for part in parts(gm) if roles else ():
+    """Tag the nodes of these roles, and report them; tag what is to be saved."""
+    for part in parts(gm):
         tagged: set[fx.Node] = set()
         for node in part.graph.nodes:
             role = node.meta.get(ROLE)
             if role in roles:
                 report.recomputed.append(f"{role}\n    at {source_line(node)}")
                 tagged.add(node)
+            elif role == SAVED:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             elif role is None and _moves(node) and node.args[0] in tagged:
                 tagged.add(node)
             elif is_call(node, *PROJECTIONS):
@@ -37,6 +45,27 @@ def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report) -> Non
         for node in tagged:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         part.recompile()
+
+
+class SaveResults(CustomGraphPass):
+    """Of what a call to be saved is decomposed into, save the result alone: its steps may be in float32.
+
+    A pass over the joint graph, for Inductor's `joint_custom_pre_pass`; the user's own ones follow.
+    """
+
+    def __init__(self, own: Any) -> None:
+        self.own = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        saved = {node for node in graph.nodes if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE}
+        for step in [node for node in saved if saved & node.users.keys()]:
+            del step.meta["recompute"]
+        for one in self.own:
+            one(graph)
+
+    def uuid(self) -> Any:
+        ids = [get_hash_for_files((__file__,)), *(one.uuid() for one in self.own)]
+        return None if None in ids else tuple(ids)
 
 
 def cached_apart(roles: Collection[str]) -> contextlib.AbstractContextManager[None]:

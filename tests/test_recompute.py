@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import hstu_compile
 from bench.native_layer import HSTUStack
+from hstu_compile.passes.recompute import SaveResults
 from tests.models import MODELS
 from tests.without_codegen import Compiled, inductor_without_codegen
 
@@ -25,10 +27,7 @@ BOTH = LAYERNORM | SILU
 
 @dataclass(frozen=True)
 class Layer:
-    """A model of one layer, and how many numbers a token are saved of its norm, projection and activation.
-
-    activation: what the partitioner saves; where nothing lies between silu and a view, it recomputes it unasked.
-    """
+    """A model of one layer, and how many numbers a token are saved of its norm, projection and activation."""
 
     model: Callable[[], nn.Module]
     arguments: tuple[Any, ...]
@@ -43,7 +42,7 @@ def one(name: str, projection: int, activation: int) -> Layer:
 
 def native(dropout_ratio: float) -> Layer:
     arguments = torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 4, 7])
-    return Layer(lambda: HSTUStack(1, 24, 2, 8, dropout_ratio), arguments, 24, 64, 0)
+    return Layer(lambda: HSTUStack(1, 24, 2, 8, dropout_ratio), arguments, 24, 64, 64)
 
 
 LAYERS = {
@@ -59,6 +58,7 @@ LAYERS = {
 @dataclass
 class Step:
     saved: int  # elements that the forward makes and the backward gets
+    saved_bytes: int
     calls: list[Any]  # of ops of ours, forward then backward
     values: list[Tensor]  # the output and every gradient
 
@@ -82,11 +82,12 @@ def step(layer: Layer, options: dict[str, bool], inductor: Compiled) -> Step:
     out.square().sum().backward()
     forward, backward = inductor.aot_graphs
     kept = [n for n in backward.graph.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))]
-    sizes = [n.meta["val"].numel() for n in kept if isinstance(n.meta["val"], Tensor)]
+    tensors = [n.meta["val"] for n in kept if isinstance(n.meta["val"], Tensor)]
+    sizes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
     nodes = [*forward.graph.nodes, *backward.graph.nodes]
     ours = [n.target for n in nodes if str(n.target).startswith("hstu_compile.")]
     calls = [target for target in ours if target is not OPS.mask_tile_states.default]
-    return Step(sum(sizes), calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
+    return Step(*sizes, calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -103,6 +104,34 @@ def test_saved_tensors_calls_and_bits(name: str, inductor: Compiled) -> None:
         assert ours.calls == plain.calls == CALLS
         for a, b in zip(ours.values, plain.values, strict=True):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), options
+
+
+def test_an_activation_is_saved_in_its_own_dtype(inductor: Compiled) -> None:
+    """Not the float32 steps that Inductor decomposes it into, although the gradient could use them."""
+    layer = LAYERS["native"]
+    x, lengths = layer.arguments
+    half = Layer(lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, 64)
+    plain, recomputed = step(half, {}, inductor), step(half, SILU, inductor)
+    assert plain.saved_bytes - recomputed.saved_bytes == 64 * x.shape[:-1].numel() * 2
+    assert all(torch.equal(a, b) for a, b in zip(plain.values, recomputed.values, strict=True))
+
+
+def test_own_joint_passes_run_too(inductor: Compiled) -> None:
+    class Own(CustomGraphPass):
+        calls = 0
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            Own.calls += 1
+
+        def uuid(self) -> str:
+            return "own"
+
+    layer, own = LAYERS["native"], Own()
+    step(layer, {"joint_custom_pre_pass": own}, inductor)
+    with torch._inductor.config.patch(joint_custom_pre_pass=own):
+        step(layer, {}, inductor)
+    assert Own.calls == 2
+    assert SaveResults(own).uuid() != SaveResults(None).uuid() is not None
 
 
 def test_casts_of_what_is_recomputed_are_not_saved(inductor: Compiled) -> None:
