@@ -6,7 +6,7 @@ a bias, dq as a product, dk and dv together in a kernel of their own (7).
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
+from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slice_like
 from hstu_compile.ops.kernels.slots import slots_of
 
 MAX_DIM = 256
@@ -60,6 +61,7 @@ class Kernels(NamedTuple):
     lists: Any
     occupied_tiles: Any
     family: Any
+    result: Any
     product: Any
     dkdv: Any
     dkdv_split: Any
@@ -76,7 +78,7 @@ def kernels() -> Kernels:
     from hstu_compile.ops.kernels.attention_sm90_dkdv_split import dkdv_split_kernel
     from hstu_compile.ops.kernels.attention_sm90_pairs import Lists, Pairs
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
-    from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence
+    from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence, Result
     from hstu_compile.ops.kernels.attention_tiles import Cells
     from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
     from hstu_compile.ops.kernels.mask_tiles import Family
@@ -91,6 +93,7 @@ def kernels() -> Kernels:
         Lists,
         occupied_tiles,
         Family,
+        Result,
         product_kernel,
         dkdv_kernel,
         dkdv_split_kernel,
@@ -150,13 +153,51 @@ def backward(
     return dq, dk, dv, dbias(dout, q, k, v, **call)
 
 
+def silu_backward(
+    dout: Tensor,
+    du: Tensor,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    u_at: int,
+    q_at: int,
+    k_at: int,
+    v_at: int,
+    memory: dict[Hashable, Any] | None = None,
+    **call: Any,
+) -> Tensor:
+    """The gradient of x where u, q, k, v are slices of silu(x) from these columns on; keywords as in `backward`."""
+    x, du = x.contiguous(), evenly_apart(du)
+    dx = torch.empty_like(x)
+    if dx.numel():
+        extent = extent_of(q, call)
+        scratch, num_zeros = backward_scratch(q, v, extent, call)
+        whole = dx.unsqueeze(-2)
+        places = ((q_at, q), (k_at, k), (v_at, v))
+        grads, silu_of = ([slice_like(t, at, like) for at, like in places] for t in (dx, x))
+        u_slices = [t.narrow(-1, u_at, du.shape[-1]) for t in (x, dx)]
+
+        def launches() -> list[Launch]:
+            zeros = kernels().zero_launch((whole,), call["seq_offsets"], extent, scratch[0], num_zeros)
+            args = dout, q, k, v, *grads, scratch, processors(q.device)
+            return [zeros, *backward_launches(*args, silu_of, **call), silu_backward_launch(du, *u_slices, extent)]
+
+        layouts = dout.dtype, dout.shape[1:], dout.stride(), du.dtype, du.shape[1:], du.stride(), dx.shape[1:]
+        key = (*layouts, u_at, q_at, k_at, v_at, in_one_kernel(filled_dim(q, v), extent, call))
+        tensors = [dout, q, k, v, whole, *grads, *silu_of, du, *u_slices, *scratch, *per_sequence(call)]
+        run(remembered(memory, call), key, tensors, extent, launches)
+    return dx
+
+
 def forward_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, scratch: list[Tensor], sms: int, **call: Any
 ) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
     (q, k, v), batch_rows = loadable(q, k, v)
     run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
-    return [product(q, q, k, v, out, float(call["scale"]), run, grad=False)]
+    return [product(q, q, k, v, result_of(out), float(call["scale"]), run, grad=False)]
 
 
 def backward_launches(
@@ -169,9 +210,10 @@ def backward_launches(
     dv: Tensor,
     scratch: list[Tensor],
     sms: int,
+    silu_of: Sequence[Tensor | None] = (None, None, None),
     **call: Any,
 ) -> list[Launch]:
-    """What `backward` runs."""
+    """What `backward` runs; silu_of: what q, k and v are the silu of, for its gradient instead of theirs."""
     scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
@@ -181,12 +223,13 @@ def backward_launches(
     cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
     arguments = (describe(q, cols, width), describe(k, ROWS, width))
     arguments += (describe(v, ROWS, width), describe(dout, cols, width))
-    outputs = (dk, dv, row_width(dk), row_width(dv), 0.5 * call["alpha"], factor, scale, *run.batch)
+    dq_out, dk_out, dv_out = map(result_of, (dq, dk, dv), silu_of)
+    outputs = (dk_out, dv_out, 0.5 * call["alpha"], factor, scale, *run.batch)
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
     if one_kernel:
-        return [dqdkdv(arguments, dq, outputs, constants, run)]
+        return [dqdkdv(arguments, dq_out, outputs, constants, run)]
     kernel, rows = (kernels().dkdv, 2 * ROWS) if width <= 128 else (kernels().dkdv_split, ROWS)
-    dq_launch = product(q, dout, k, v, dq, factor, run, grad=True)
+    dq_launch = product(q, dout, k, v, dq_out, factor, run, grad=True)
     return [persistent(kernel, k, rows, arguments + outputs, constants, run), dq_launch]
 
 
@@ -257,13 +300,13 @@ def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
     return [call[name] for name in kernels().per_sequence._fields]
 
 
-def dqdkdv(inputs: tuple, dq: Tensor, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
+def dqdkdv(inputs: tuple, dq: Any, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
     """Five products: see attention_sm90_backward."""
-    sizes = functools.partial(dqdkdv_sizes, run.call["seq_offsets"] is not None, dq.shape[-2])
-    programs, numbers = sizes(extent_of(dq, run.call))
+    sizes = functools.partial(dqdkdv_sizes, run.call["seq_offsets"] is not None, dq.ptr.shape[-2])
+    programs, numbers = sizes(extent_of(dq.ptr, run.call))
     _, *numbers = numbers.values()
     added, sums = run.scratch
-    arguments = (*inputs, dq, row_width(dq), sums, added, *outputs, *numbers)
+    arguments = (*inputs, dq, sums, added, *outputs, *numbers)
     constants = {**constants, "FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernels().dqdkdv, programs, arguments, constants, sizes)
 
@@ -275,13 +318,13 @@ def dqdkdv_sizes(jagged: bool, heads: int, extent: Extent) -> tuple[int, dict[st
     return slots.number * heads, sizes | {"tiles_per_seq": slots.tiles_per_seq, "slots_per_seq": slots.slots_per_seq}
 
 
-def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Tensor, factor: float, run: Run, *, grad: bool) -> Launch:
+def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Any, factor: float, run: Run, *, grad: bool) -> Launch:
     width, call = run.width, run.call
     cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
     a_rows = describe(a, ROWS, width)
     arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
-    arguments += (describe(b, cols, width), describe(c, cols, width), out, row_width(out), 0.5 * call["alpha"], factor)
-    constants = {"DIM": out.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
+    arguments += (describe(b, cols, width), describe(c, cols, width), out, 0.5 * call["alpha"], factor)
+    constants = {"DIM": out.ptr.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
     constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad}
     return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
 
@@ -317,8 +360,9 @@ def filled_dim(q: Tensor, v: Tensor) -> int:
     return max(32, 1 << (max(q.shape[-1], v.shape[-1]) - 1).bit_length())
 
 
-def row_width(out: Tensor) -> int:
-    return out.shape[-2] * out.shape[-1]
+def result_of(out: Tensor, silu_of: Tensor | None = None) -> Any:
+    """[..., heads, dim] with heads side by side, all rows evenly apart."""
+    return kernels().result(out, out.stride(-3), silu_of)
 
 
 def num_sequences(q: Tensor, call: dict[str, Any]) -> int:

@@ -117,7 +117,7 @@ def hand_over(ds, buffers, bars, t, W: gl.constexpr):
 
 @gluon.jit
 def key_partition(
-    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, index, key_tile,
+    dk_out, dv_out, half_alpha, dk_factor, dv_factor, batch, index, key_tile,
     buffers, bars, FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
     COLS: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -153,11 +153,11 @@ def key_partition(
             dv, dk, p, ds = warpgroup_mma_wait(0, deps=(dv, dk, p, ds))
             mbarrier.arrive(bars.empty.index(slot), count=1)
         sequence = sequence_of(pinned(index), batch)  # read again: nothing of it waits in registers
-        store_rows(dk_out, dk_stride, dk * dk_factor, key0, sequence, K_DIM)
-        store_rows(dv_out, dv_stride, dv * dv_factor, key0, sequence, V_DIM)
+        store_rows(dk_out, dk * dk_factor, key0, sequence, K_DIM)
+        store_rows(dv_out, dv * dv_factor, key0, sequence, V_DIM)
     elif key0 < sequence.stored:
-        store_rows(dk_out, dk_stride, dk, key0, sequence, K_DIM)
-        store_rows(dv_out, dv_stride, dv, key0, sequence, V_DIM)
+        store_rows(dk_out, dk, key0, sequence, K_DIM)
+        store_rows(dv_out, dv, key0, sequence, V_DIM)
 
 
 @gluon.jit
@@ -191,7 +191,7 @@ def wait_until(counter, count):
 
 @gluon.jit
 def query_partition(
-    q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, dq_factor, batch, index, key_tile, tiles_per_seq,
+    q_desc, k_desc, v_desc, do_desc, dq_out, dq_factor, batch, index, key_tile, tiles_per_seq,
     sums, buffers, bars, FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr,
     COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -250,7 +250,7 @@ def query_partition(
                 else:
                     if before > 0:
                         dq += gl.load(where, cache_modifier=".cg")
-                    store_rows(dq_out, dq_stride, dq * dq_factor, query_tile * COLS + part * 64, sequence, DIM)
+                    store_rows(dq_out, dq * dq_factor, query_tile * COLS + part * 64, sequence, DIM)
             thread_barrier()
             if after > 0:
                 gl.atomic_add(counter, 1, sem="release")
@@ -258,12 +258,12 @@ def query_partition(
     for w in gl.static_range(2):  # zeros in the query tiles that nobody visits
         row0 = key0 + w * ROWS
         if (first_unused <= row0) & (row0 < sequence.stored):
-            store_rows(dq_out, dq_stride, zero, row0, sequence, DIM)
+            store_rows(dq_out, zero, row0, sequence, DIM)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def dqdkdv_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, sums, added, dk_out, dv_out, dk_stride, dv_stride,
+    q_desc, k_desc, v_desc, do_desc, dq_out, sums, added, dk_out, dv_out,
     half_alpha, factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     num_sequences, tiles_per_seq, slots_per_seq, FAMILY: gl.constexpr,
@@ -303,11 +303,11 @@ def dqdkdv_kernel(
     # Twelve warps of 168 registers: 208 for each thread of the keys, 88 for those of the queries.
     gl.warp_specialize(
         [
-            (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, index,
+            (key_partition, (dk_out, dv_out, half_alpha, factor, dv_factor, batch, index,
                              key_tile, buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
-            (key_partition, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, factor, dv_factor, batch, index,
+            (key_partition, (dk_out, dv_out, half_alpha, factor, dv_factor, batch, index,
                              key_tile, buffers, bars, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
-            (query_partition, (q_desc, k_desc, v_desc, do_desc, dq_out, dq_stride, factor, batch, index, key_tile,
+            (query_partition, (q_desc, k_desc, v_desc, do_desc, dq_out, factor, batch, index, key_tile,
                                tiles_per_seq, Sums(sums, added), buffers, bars, FAMILY, K_DIM, D, COLS, STAGES)),
         ],
         [4, 4],

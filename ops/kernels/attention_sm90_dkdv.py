@@ -47,7 +47,7 @@ def masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY: gl.c
 
 @gluon.jit
 def consumer(
-    dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do, queue,
+    dk_out, dv_out, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q, do, queue,
     tiles_per_seq, FAMILY: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
     STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -105,14 +105,14 @@ def consumer(
             else:
                 mbarrier.arrive(k.empty.index(W), count=1)
         if key0 < sequence.stored:
-            store_rows(dk_out, dk_stride, dk * dk_factor, key0, sequence, K_DIM)
-            store_rows(dv_out, dv_stride, dv * dv_factor, key0, sequence, V_DIM)
+            store_rows(dk_out, dk * dk_factor, key0, sequence, K_DIM)
+            store_rows(dv_out, dv * dv_factor, key0, sequence, V_DIM)
         tile = take_over(number, queue)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
-    q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
+    q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, half_alpha, dk_factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     pairs, counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket,
     FAMILY: gl.constexpr,
@@ -131,9 +131,9 @@ def dkdv_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
-            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
+            (consumer, (dk_out, dv_out, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
                         do, queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
-            (consumer, (dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
+            (consumer, (dk_out, dv_out, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
                         do, queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
             (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tiles_per_seq,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),

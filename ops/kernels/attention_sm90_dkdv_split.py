@@ -27,7 +27,7 @@ from hstu_compile.ops.kernels.mask_tiles import num_tiles
 
 @gluon.jit
 def dv_consumer(
-    dv_out, row_stride, half_alpha, factor, batch, pairs, k, q, do, grads, grad_bars, queue, tiles_per_seq,
+    dv_out, half_alpha, factor, batch, pairs, k, q, do, grads, grad_bars, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.tiles.dtype
@@ -68,13 +68,13 @@ def dv_consumer(
                 release(do, done, STAGES)
                 done += 1
             mbarrier.arrive(k.empty.index(0), count=1)
-        store_rows(dv_out, row_stride, dv * factor, key0, sequence, DIM)
+        store_rows(dv_out, dv * factor, key0, sequence, DIM)
         tile = take_over(number, queue)
 
 
 @gluon.jit
 def dk_consumer(
-    dk_out, row_stride, factor, batch, pairs, k, v, q, do, grads, grad_bars, queue, tiles_per_seq,
+    dk_out, factor, batch, pairs, k, v, q, do, grads, grad_bars, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.tiles.dtype
@@ -109,13 +109,13 @@ def dk_consumer(
                 release(q, done, STAGES)
                 done += 1
             mbarrier.arrive(k.empty.index(0), count=1)
-        store_rows(dk_out, row_stride, dk * factor, key0, sequence, DIM)
+        store_rows(dk_out, dk * factor, key0, sequence, DIM)
         tile = take_over(number, queue)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def dkdv_split_kernel(
-    q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, dk_stride, dv_stride, half_alpha, dk_factor, dv_factor,
+    q_desc, k_desc, v_desc, do_desc, dk_out, dv_out, half_alpha, dk_factor, dv_factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     pairs, counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket,
     FAMILY: gl.constexpr,
@@ -137,9 +137,9 @@ def dkdv_split_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
-            (dv_consumer, (dv_out, dv_stride, half_alpha, dv_factor, batch, pairs, k, q, do, grads, grad_bars, queue,
+            (dv_consumer, (dv_out, half_alpha, dv_factor, batch, pairs, k, q, do, grads, grad_bars, queue,
                            tiles_per_seq, FAMILY, V_DIM, D, COLS, STAGES)),
-            (dk_consumer, (dk_out, dk_stride, dk_factor, batch, pairs, k, v, q, do, grads, grad_bars, queue,
+            (dk_consumer, (dk_out, dk_factor, batch, pairs, k, v, q, do, grads, grad_bars, queue,
                            tiles_per_seq, FAMILY, K_DIM, D, COLS, STAGES)),
             (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tiles_per_seq,
                         FAMILY, COLS, STAGES, STAGES, 1, True, True)),

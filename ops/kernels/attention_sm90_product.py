@@ -133,7 +133,7 @@ def grad_rounds(
 
 @gluon.jit
 def consumer(
-    out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
+    out, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
     B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, GRAD: gl.constexpr,
     IN_REGISTERS: gl.constexpr, W: gl.constexpr,
@@ -171,13 +171,13 @@ def consumer(
             else:
                 mbarrier.arrive(a.empty.index(W), count=1)
         if row0 < sequence.stored:
-            store_rows(out, row_stride, acc * factor, row0, sequence, DIM)
+            store_rows(out, acc * factor, row0, sequence, DIM)
         tile = take_over(number, queue)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def product_kernel(
-    a_desc, da_desc, b_desc, c_desc, out, row_stride, half_alpha, factor,
+    a_desc, da_desc, b_desc, c_desc, out, half_alpha, factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     pairs, counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket,
     FAMILY: gl.constexpr,
@@ -200,9 +200,9 @@ def product_kernel(
     # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
     gl.warp_specialize(
         [
-            (consumer, (out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
+            (consumer, (out, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 0)),
-            (consumer, (out, row_stride, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
+            (consumer, (out, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 1)),
             (producer, (a_desc, da_desc, b_desc, c_desc, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, False)),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from hstu_compile.ops.kernels.gluon_compat import async_load, gl, gluon, mbarrier
 from hstu_compile.ops.kernels.mask_intervals import live_in
 from hstu_compile.ops.kernels.mask_tiles import Mask
+from hstu_compile.ops.kernels.silu import silu_and_grad
 
 ROW_LIMIT = gl.constexpr(1 << 30)
 
@@ -57,6 +58,14 @@ class Batch(NamedTuple):
     target_group_size: Any
     max_attn_len: Any
     min_full_attn_seq_len: Any
+
+
+class Result(NamedTuple):
+    """An output or a gradient: rows of [heads, DIM], or slices of longer ones."""
+
+    ptr: Any
+    row_stride: Any
+    silu_of: Any  # for the gradient of silu(x): x, which lies as the gradient does. Else None
 
 
 class Sequence(NamedTuple):
@@ -172,16 +181,21 @@ def row_layout(rows, dim, warps):
 
 
 @gluon.jit
-def store_rows(out, row_stride, acc, row0, sequence, DIM: gl.constexpr):
-    """Rows of a [..., heads, DIM] output. By pointer: a TMA store would overwrite the next sequence's first rows."""
+def store_rows(out, acc, row0, sequence, DIM: gl.constexpr):
+    """Rows of a Result. By pointer: a TMA store would overwrite the next sequence's first rows."""
+    dtype: gl.constexpr = out.ptr.dtype.element_ty
     layout: gl.constexpr = row_layout(acc.shape[0], acc.shape[1], gl.num_warps())
-    acc = gl.convert_layout(acc.to(out.dtype.element_ty), layout)
     rows = row0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    out += sequence.out_row * row_stride + sequence.head * DIM
-    where = rows[:, None].to(gl.int64) * row_stride + cols[None, :]
+    first = sequence.out_row * out.row_stride + sequence.head * DIM
+    where = rows[:, None].to(gl.int64) * out.row_stride + cols[None, :]
     inside = rows[:, None] < sequence.stored
     if DIM < acc.shape[1]:
         inside = inside & (cols[None, :] < DIM)
+    if out.silu_of is not None:
+        half = 0.5 * gl.load(out.silu_of + first + where, mask=inside, other=0.0).to(gl.float32)
+        acc = (gl.convert_layout(acc, layout) * silu_and_grad(half, True)[1]).to(dtype)
+    else:
+        acc = gl.convert_layout(acc.to(dtype), layout)
     zero = gl.zeros(acc.shape, acc.dtype, layout)
-    gl.store(out + where, gl.where(rows[:, None] < sequence.length, acc, zero), mask=inside)
+    gl.store(out.ptr + first + where, gl.where(rows[:, None] < sequence.length, acc, zero), mask=inside)

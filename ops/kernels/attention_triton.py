@@ -19,6 +19,7 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
+from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slice_like
 from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
 
@@ -72,16 +73,39 @@ def backward(
     """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
     call = Call(q, k, v, **arguments)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
-    call.product(call.tiles.dq, dq, call.alpha * call.scale, x=q, y=k, dx=dout, dy=v)
-    if call.tiles.dk_dv is None:
-        call.product(call.tiles.forward, dv, call.scale, by_keys=True, x=k, y=q, z=dout)
-        call.product(call.tiles.dq, dk, call.alpha * call.scale, by_keys=True, x=k, y=q, dx=v, dy=dout)
-    else:
-        call.dk_dv(call.tiles.dk_dv, dout, dk, dv)
+    dout = call.gradients(dout, dq, dk, dv)
     zero_tail((dq, dk, dv), arguments["seq_offsets"])
     return dq, dk, dv, call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
+
+
+def silu_backward(
+    dout: Tensor,
+    du: Tensor,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    u_at: int,
+    q_at: int,
+    k_at: int,
+    v_at: int,
+    memory: dict[Hashable, Any] | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """The gradient of x where u, q, k, v are slices of silu(x) from these columns on; see `forward`."""
+    call = Call(q, k, v, **arguments)
+    x, du = x.contiguous(), evenly_apart(du)
+    dx = x.new_empty(x.shape)
+    call.gradients(dout, *(slice_like(dx, at, like) for at, like in ((q_at, q), (k_at, k), (v_at, v))))
+    with torch.cuda.device_of(x):
+        for at, like in ((q_at, q), (k_at, k), (v_at, v)):
+            of_x, of_dx = (slice_like(t, at, like).flatten(-2) for t in (x, dx))
+            silu_backward_launch(of_dx, of_x, of_dx, call.extent)()
+        zero_tail((dx.unsqueeze(-2),), arguments["seq_offsets"])
+        of_x, of_dx = (t.narrow(-1, u_at, du.shape[-1]) for t in (x, dx))
+        silu_backward_launch(du, of_x, of_dx, call.extent)()
+    return dx
 
 
 class Call:
@@ -116,6 +140,7 @@ class Call:
         gpu = capability_and_memory(q.device)
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
+        self.extent = Extent(q.shape[0], self.num_sequences, max_seq_len)
         self.attn_mask = attn_mask
         self.attn_bias = attn_bias
         self.lists: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
@@ -164,8 +189,7 @@ class Call:
 
     def slots(self, kept: int) -> Slots:
         """For tiles of the kept side."""
-        extent = Extent(self.q.shape[0], self.num_sequences, self.max_seq_len)
-        return slots_of(self.sequences["sequences"].offsets is not None, kept, extent)
+        return slots_of(self.sequences["sequences"].offsets is not None, kept, self.extent)
 
     def product(
         self,
@@ -198,6 +222,19 @@ class Call:
             KEPT=kept,
             STREAMED=streamed,
         )
+
+    def gradients(self, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        """dq, dk and dv; returns dout as the kernels read it."""
+        q, k, v = self.q, self.k, self.v
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        self.product(self.tiles.dq, dq, self.alpha * self.scale, x=q, y=k, dx=dout, dy=v)
+        if self.tiles.dk_dv is None:
+            self.product(self.tiles.forward, dv, self.scale, by_keys=True, x=k, y=q, z=dout)
+            self.product(self.tiles.dq, dk, self.alpha * self.scale, by_keys=True, x=k, y=q, dx=v, dy=dout)
+        else:
+            self.dk_dv(self.tiles.dk_dv, dout, dk, dv)
+        return dout
 
     def dk_dv(self, tile: Tile, dout: Tensor, dk: Tensor, dv: Tensor) -> None:
         slots = self.slots(tile.cols)

@@ -1,0 +1,105 @@
+"""The gradient of x behind u, q, k, v = slices of silu(x), from the attention kernels, against float64.
+
+`test_silu_backward.py` runs this: on a GPU with every kernel there is, else the portable one in the Triton interpreter,
+in a process of its own (it reads TRITON_INTERPRET when triton is imported).
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eager_attention import eager_attention
+from error_budget import BACKWARD, assert_within_budget
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter  # noqa: F401
+from test_attention_grid import poison_new_memory
+
+from bench.attention_problem import inputs, kernels
+from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference
+from hstu_compile.ops.kernels import attention_sm90, attention_triton
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+KERNELS = kernels() if GPU else {"portable": attention_triton}
+DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.float32]
+DIMS = [(64, 64), (128, 128), (256, 256), (96, 32)] if GPU else [(16, 16), (8, 16)]
+SCALE = 150 if GPU else 20  # rows of the longest sequence
+HEADS, NAN = 2, float("nan")
+MASKS = {
+    "causal": {},
+    "targets": {"num_targets": [0.2, 0.0, 0.5, 0.0], "max_attn_len": 17},
+    "full": {"causal": False},
+}
+
+
+def parts(t: torch.Tensor, places: dict[str, tuple[int, int]], dims: dict[str, int]) -> dict[str, torch.Tensor]:
+    """u flat, q, k, v [..., heads, dim]."""
+    slices = {name: t[..., start : start + width] for name, (start, width) in places.items()}
+    return {n: s if n == "u" else s.unflatten(-1, (HEADS, dims[n])) for n, s in slices.items()}
+
+
+@pytest.mark.parametrize("one_kernel", [False, True] if "sm90" in KERNELS else [False])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", ["jagged", "dense"])
+@pytest.mark.parametrize("order", ["uvqk", "qkvu"])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_gradient(dtype, dim, order, layout, mask, one_kernel, monkeypatch) -> None:
+    dims = {"u": dim[1], "v": dim[1], "q": dim[0], "k": dim[0]}
+    places, width = {}, 0
+    for name in order:
+        places[name] = (width, HEADS * dims[name])
+        width += HEADS * dims[name]
+    lengths = [SCALE, 0, SCALE // 2 + 1, 1]
+    jagged = layout == "jagged"
+    lead = (sum(lengths) + 3,) if jagged else (len(lengths), SCALE)
+    x = torch.randn(*lead, width, device=DEVICE).to(dtype)
+    dout = torch.randn(*lead, HEADS, dim[1], device=DEVICE).to(dtype)
+    du = torch.randn(*lead, 2 * places["u"][1], device=DEVICE).to(dtype)[..., : places["u"][1]]  # strided
+    where = torch.tensor(lengths, device=DEVICE)
+    if jagged:
+        used = torch.arange(lead[0], device=DEVICE) < sum(lengths)
+    else:
+        used = torch.arange(SCALE, device=DEVICE) < where[:, None]
+    of_attention = torch.ones(width, dtype=torch.bool, device=DEVICE)
+    of_attention[slice(places["u"][0], sum(places["u"]))] = False
+    unused = ~used[..., None] & of_attention
+    call = inputs([1], 1, 1, DEVICE, dtype).call | {
+        "seq_offsets": F.pad(where.cumsum(0), (1, 0)) if jagged else None,
+        "seq_lengths": None if jagged else where,
+        "max_seq_len": SCALE,
+        "alpha": dim[0] ** -0.5,
+        "scale": 1 / 100,
+    }
+    call |= MASKS[mask]
+    if "num_targets" in MASKS[mask]:
+        call["num_targets"] = (where * torch.tensor(MASKS[mask]["num_targets"], device=DEVICE)).long()
+    plain = {k: v for k, v in call.items() if k != "scale"} | {"scaling_seq_len": 100.0}
+
+    exact_x = x.double()
+    exact = parts(F.silu(exact_x), places, dims)
+    grads = hstu_attention_backward_reference(
+        dout.double(), exact["q"], exact["k"], exact["v"], **plain, needs_bias_grad=False
+    )
+    want = torch.zeros_like(exact_x)
+    for name, grad in zip("qkvu", [g.flatten(-2) for g in grads[:3]] + [du.double()], strict=True):
+        want[..., places[name][0] : sum(places[name])] = grad
+    want *= exact_x.sigmoid() * (1 + exact_x * (1 - exact_x.sigmoid()))
+    leaf = x.clone().requires_grad_()
+    eager = parts(F.silu(leaf), places, dims)
+    out = eager_attention(eager["q"], eager["k"], eager["v"], **plain)
+    (theirs,) = torch.autograd.grad([out, eager["u"]], leaf, [dout, du])
+
+    x, dout = x.masked_fill(unused, NAN), dout.masked_fill(~used[..., None, None], NAN)
+    act = parts(F.silu(x), places, dims)
+    at = {f"{name}_at": start for name, (start, _) in places.items()}
+    if one_kernel:
+        monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", 0)
+    poison_new_memory(monkeypatch)
+    for name, kernel in KERNELS.items():
+        run = [kernel.silu_backward(dout, du, x, act["q"], act["k"], act["v"], **at, **call) for _ in range(2)]
+        assert torch.equal(*run), f"{name} differs from run to run"
+        assert (run[0][unused] == 0).all(), f"{name}: rows of no sequence"
+        assert_within_budget(run[0], theirs, want.masked_fill(unused, 0), BACKWARD, name)
