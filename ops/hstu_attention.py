@@ -137,7 +137,7 @@ def _backward_fake(dout, q, k, v, *args):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _checked_kernel(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> ModuleType | None:
+def checked_attention_kernel(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> ModuleType | None:
     named = dict(zip(PARAMETERS, args, strict=True))
     check_attention_arguments(q, k, v, **named)
     pairs = {"has_mask": named["attn_mask"] is not None, "has_bias": named["attn_bias"] is not None}
@@ -145,10 +145,10 @@ def _checked_kernel(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> ModuleType 
     return None if kernel.is_reference else kernel.module()
 
 
-_kinds = Kinds(_checked_kernel)
+_kinds = Kinds(checked_attention_kernel)
 
 
-def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
+def attention_features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
     jagged without mask tensor, but for T, and without bias B and N (of which it matters that all arguments agree)."""
     seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[7]
@@ -168,7 +168,7 @@ def _features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     )  # fmt: skip
 
 
-def _for_kernel(named: dict) -> dict:
+def for_kernel(named: dict) -> dict:
     states = named.pop("mask_tile_states")
     if states is not None:
         from hstu_compile.ops.kernels.mask_occupancy import TiledMask
@@ -179,32 +179,32 @@ def _for_kernel(named: dict) -> dict:
     return named
 
 
-def _for_reference(named: dict) -> dict:
+def for_reference(named: dict) -> dict:
     del named["mask_tile_states"]
     return named
 
 
 @torch.library.impl("hstu_compile::hstu_attention_forward", ("CPU", "CUDA"))
 def _forward(q, k, v, *args):
-    kind = _kinds.kind(_features(q, k, v, args), q, k, v, args)
+    kind = _kinds.kind(attention_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if checks_values(q.device):
         check_attention_values(q, **named)
     if kind.kernel is None:
-        return hstu_attention_reference(q, k, v, **_for_reference(named))
-    return kind.kernel.forward(q, k, v, memory=kind.memory, **_for_kernel(named))
+        return hstu_attention_reference(q, k, v, **for_reference(named))
+    return kind.kernel.forward(q, k, v, memory=kind.memory, **for_kernel(named))
 
 
 @torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
 def _backward_impl(dout, q, k, v, *args):
     args, needs_bias_grad = args[:-1], args[-1]
-    kind = _kinds.kind(_features(q, k, v, args), q, k, v, args)
+    kind = _kinds.kind(attention_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
-        named = _for_reference(named)
+        named = for_reference(named)
         grads = hstu_attention_backward_reference(dout, q, k, v, needs_bias_grad=needs_bias_grad, **named)
     else:
-        named = _for_kernel(named)
+        named = for_kernel(named)
         grads = kind.kernel.backward(dout, q, k, v, memory=kind.memory, needs_bias_grad=needs_bias_grad, **named)
     dq, dk, dv, dbias = grads
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias

@@ -12,7 +12,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
 from hstu_compile.passes.report import Report
 
-NAMES = ("attention", "uvqk", "output", "table_lookup")
+NAMES = ("attention", "uvqk", "output", "packed_gradient", "table_lookup")
 
 # Calls whose body is an ordinary part of the model: it is captured and rewritten like the graph around it.
 CALLS_OF_SUBGRAPHS = (tag_activation_checkpoint, invoke_subgraph)

@@ -215,6 +215,16 @@ def may_write(target: Any) -> bool:
     return not (isinstance(target, str) or getattr(target, "__module__", None) == "_operator")
 
 
+def writes_to(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether the call is an in-place one on the storage of a tensor."""
+    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return mutable and is_tensor(node) and share_storage(node.all_input_nodes[0], operand)
+
+
+def share_storage(a: fx.Node, b: fx.Node) -> bool:
+    return value(a).untyped_storage()._cdata == value(b).untyped_storage()._cdata
+
+
 def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
     """The node in the given dtype; itself where it has it."""
     if value(node).dtype == dtype:

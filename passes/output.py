@@ -27,6 +27,7 @@ from hstu_compile.passes.graph import (
     same_shape,
     shape,
     value,
+    writes_to,
 )
 from hstu_compile.passes.norm import RESHAPES, Norm, as_norm
 from hstu_compile.passes.report import Region, Report, source_line
@@ -259,16 +260,8 @@ def _check_region(gate: Gate) -> None:
         if operand is None:
             continue
         for node in nodes[nodes.index(operand) + 1 : last]:  # the op reads its operands where the region ends
-            if _writes(node) and _storage(node.all_input_nodes[0]) == _storage(operand):
+            if writes_to(node, operand):
                 raise Misfit(f"an operand is written in place by {node.target} at {source_line(node)}")
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and is_tensor(node)
-
-
-def _storage(node: fx.Node) -> int:
-    return value(node).untyped_storage()._cdata
 
 
 def _in_words(gate: Gate) -> str:

@@ -413,7 +413,7 @@ def test_the_real_passes_together(autocast: bool, inductor: Compiled, monkeypatc
         run(x).sum().backward()
         assert x.grad is not None and x.grad.isfinite().all()
     assert len(inductor.graphs) <= 2
-    assert all(torch.ops.hstu_compile.hstu_attention.default in targets for targets in inductor.targets)
+    assert all(torch.ops.hstu_compile.silu_attention.default in targets for targets in inductor.targets)
 
 
 REAL = """

@@ -14,7 +14,7 @@ import torch
 import triton
 from test_sm90_compiles import NOTHING, on_hopper
 
-from hstu_compile.ops.hstu_attention import PARAMETERS, _features
+from hstu_compile.ops.hstu_attention import PARAMETERS, attention_features
 from hstu_compile.ops.kernels import attention_sm90
 from hstu_compile.ops.kernels import norm_gate_dropout as gate
 from hstu_compile.ops.norm_gate_dropout import _features as gate_features
@@ -197,7 +197,7 @@ ARGUMENTS |= {"mask_tile_states": None}
 
 def features(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **change: Any) -> Any:
     call = {**NOTHING, **ARGUMENTS, **change}
-    return _features(q, k, v, tuple(call[name] for name in PARAMETERS))
+    return attention_features(q, k, v, tuple(call[name] for name in PARAMETERS))
 
 
 def test_the_kind_of_a_call() -> None:

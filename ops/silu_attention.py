@@ -1,0 +1,133 @@
+"""`hstu_compile::silu_attention`: HSTU attention of slices of silu(x), whose backward gives the gradient of x.
+
+The backward of attention alone gives dq, dk and dv; on the way to x, they and du are concatenated and multiplied by
+silu'(x), which are more passes over all of it. Here they go into their columns of one dx, multiplied.
+"""
+
+from collections.abc import Hashable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hstu_compile.ops.call_kinds import Kinds
+from hstu_compile.ops.composite import register_composite
+from hstu_compile.ops.hstu_attention import (
+    PARAMETERS,
+    SCHEMA,
+    attention_features,
+    checked_attention_kernel,
+    for_kernel,
+    for_reference,
+)
+from hstu_compile.ops.silu_attention_reference import silu_attention_backward_reference
+from hstu_compile.ops.validation import check_attention_values, check_slices, checks_values
+
+# After the attention's parameters: the columns of x at which u, q, k and v begin.
+COLUMNS = ("u_at", "q_at", "k_at", "v_at")
+
+_COLUMNS = ", ".join(f"int {name}" for name in COLUMNS)
+torch.library.define(
+    "hstu_compile::silu_attention", f"(Tensor x, Tensor(a) u, {SCHEMA}, {_COLUMNS}) -> (Tensor(a), Tensor)"
+)
+torch.library.define(
+    "hstu_compile::silu_attention_backward", f"(Tensor dout, Tensor du, Tensor x, {SCHEMA}, {_COLUMNS}) -> Tensor"
+)
+
+
+def silu_attention(
+    x: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, *, u_at: int, q_at: int, k_at: int, v_at: int, **attention
+) -> tuple[Tensor, Tensor]:
+    """u, and hstu_attention(q, k, v): the one gradient, of both results, is that of x.
+
+    Args:
+        x: [T, W] (jagged) or [B, N, W] (dense), any strides. u, q, k and v are slices of silu(x), together all of it.
+        u: [T, Wu] or [B, N, Wu].
+        q, k, v: as in `hstu_attention`; for autograd they and u are functions of x that this op differentiates.
+        u_at, q_at, k_at, v_at: the columns of x at which the slices begin. A slice has its columns in one piece.
+        attention: all of `hstu_attention.PARAMETERS`. attn_bias is None; attn_mask comes with its mask_tile_states.
+
+    Returns:
+        u (an alias of it), and the attention's output. The gradient of x is contiguous. In rows that belong to no
+        sequence because they are beyond the last of seq_offsets it is 0, that of u included, and they are never read.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what was expected.
+    """
+    given = (attention[name] for name in PARAMETERS)
+    return torch.ops.hstu_compile.silu_attention(x, u, q, k, v, *given, u_at, q_at, k_at, v_at)
+
+
+def _named(args: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attention's parameters, and the columns."""
+    count = len(PARAMETERS)
+    return dict(zip(PARAMETERS, args[:count], strict=True)), dict(zip(COLUMNS, args[count:], strict=True))
+
+
+def _check(x: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple) -> None:
+    named, columns = _named(args)
+    if named["attn_bias"] is not None:
+        raise ValueError("silu_attention: attn_bias is given, expected None: its gradient has no place in that of x")
+    check_slices(x, {"u": (u, 1), "q": (q, 2), "k": (k, 2), "v": (v, 2)}, columns)
+
+
+def _forward(x, u, q, k, v, *args):
+    _check(x, u, q, k, v, args)
+    out = torch.ops.hstu_compile.hstu_attention_forward(q, k, v, *args[: len(PARAMETERS)])
+    return torch.ops.aten.alias(u), out
+
+
+@torch.library.register_fake("hstu_compile::silu_attention_backward")
+def _backward_fake(dout, du, x, q, k, v, *args):
+    _check(x, du, q, k, v, args)
+    return x.new_empty(x.shape)
+
+
+def _checked_kernel(
+    dout: Tensor, du: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple
+) -> ModuleType | None:
+    _check(x, du, q, k, v, args)
+    return checked_attention_kernel(q, k, v, args[: len(PARAMETERS)])
+
+
+_kinds = Kinds(_checked_kernel)
+
+
+def _features(dout: Tensor, du: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
+    """Those of the attention, and the same of what is only here."""
+    count = len(PARAMETERS)
+    rows = q.shape[:1]
+    others = [(t.dtype, t.get_device(), t.shape[:1] == rows, t.shape[1:], t.stride()) for t in (dout, du, x)]
+    return attention_features(q, k, v, args[:count]), *others, *args[count:]
+
+
+@torch.library.impl("hstu_compile::silu_attention_backward", ("CPU", "CUDA"))
+def _backward(dout, du, x, q, k, v, *args):
+    kind = _kinds.kind(_features(dout, du, x, q, k, v, args), dout, du, x, q, k, v, args)
+    named, columns = _named(args)
+    if checks_values(q.device):
+        check_attention_values(q, **named)
+    if kind.kernel is None:
+        return silu_attention_backward_reference(dout, du, x, q, k, v, **columns, **for_reference(named))
+    return kind.kernel.silu_backward(dout, du, x, q, k, v, **columns, memory=kind.memory, **for_kernel(named))
+
+
+class _SiluAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, u, *inputs):
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+        ctx.save_for_backward(x, *(value for value in inputs if isinstance(value, Tensor)))
+        return _forward(x, u, *inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, du, dout):
+        x, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
+        dx = torch.ops.hstu_compile.silu_attention_backward(dout, du, x, *inputs)
+        return dx, None, *(None for _ in inputs)
+
+
+register_composite("silu_attention", _forward, _SiluAttention.apply)

@@ -1,0 +1,218 @@
+"""silu_attention: the gradient of x against float64, and against silu, split and hstu_attention one by one."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eager_attention import eager_attention
+from error_budget import BACKWARD, FORWARD, assert_within_budget
+from torch import Tensor
+
+from hstu_compile.ops import hstu_attention, mask_tile_states, silu_attention
+from hstu_compile.ops.hstu_attention import PARAMETERS
+from hstu_compile.ops.silu_attention import COLUMNS
+from hstu_compile.ops.silu_attention_reference import silu_attention_backward_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H, ATTN, HIDDEN = 2, 16, 32
+WIDTHS = {"u": H * HIDDEN, "v": H * HIDDEN, "q": H * ATTN, "k": H * ATTN}
+W = sum(WIDTHS.values())
+ORDERS = ["uvqk", "qkvu", "kuqv"]
+LENGTHS = [0, 1, 7, 33, 20, 0]
+OP = torch.ops.hstu_compile.silu_attention.default
+OP_BACKWARD = torch.ops.hstu_compile.silu_attention_backward.default
+
+
+def columns(order: str) -> dict[str, int]:
+    widths = [WIDTHS[name] for name in order]
+    return {f"{name}_at": sum(widths[:i]) for i, name in enumerate(order)}
+
+
+def slices(x: Tensor, order: str) -> list[Tensor]:
+    """u, q, k, v of silu(x)."""
+    named = dict(zip(order, F.silu(x).split([WIDTHS[name] for name in order], dim=-1), strict=True))
+    return [named["u"], *(named[name].unflatten(-1, (H, -1)) for name in "qkv")]
+
+
+def attention(**given: Any) -> dict[str, Any]:
+    defaults = {"alpha": 0.25, "scaling_seq_len": 33, "causal": True, "target_group_size": 1}
+    zero = dict.fromkeys(("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"), 0)
+    return {**dict.fromkeys(PARAMETERS), **zero, "targets_share_position": False, **defaults, **given}
+
+
+def jagged(**given: Any) -> dict[str, Any]:
+    offsets = F.pad(torch.tensor(LENGTHS, device=DEVICE).cumsum(0), (1, 0))
+    return attention(seq_offsets=offsets, max_seq_len=33, **given)
+
+
+def input_of(total: int, dtype: torch.dtype, layout: str) -> Tensor:
+    if layout == "strided":
+        return torch.randn(total, W + 24, device=DEVICE).to(dtype)[:, 8 : W + 8]
+    return torch.randn(*((3, total) if layout == "dense" else (total,)), W, device=DEVICE).to(dtype)
+
+
+def fused(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return silu_attention(x, *slices(x, order), **columns(order), **call)
+
+
+def unfused(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    u, q, k, v = slices(x, order)
+    return u, hstu_attention(q, k, v, **{name: x for name, x in call.items() if name != "mask_tile_states"})
+
+
+def eager(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    u, q, k, v = slices(x, order)
+    return u, eager_attention(q, k, v, **{name: x for name, x in call.items() if name != "mask_tile_states"})
+
+
+def run(function, x: Tensor, order: str, call: dict[str, Any], upstream: list[Tensor]) -> tuple[Tensor, ...]:
+    """u, the attention's output and the gradient of x."""
+    x = x.detach().requires_grad_()
+    outputs = function(x, order, call)
+    (dx,) = torch.autograd.grad(outputs, x, [g.to(x.dtype) for g in upstream])
+    return *outputs, dx
+
+
+def upstream_of(x: Tensor) -> list[Tensor]:
+    shapes = (WIDTHS["u"],), (H, HIDDEN)
+    return [torch.randn(*x.shape[:-1], *shape, device=DEVICE).to(x.dtype) for shape in shapes]
+
+
+def check(x: Tensor, order: str, call: dict[str, Any]) -> None:
+    upstream = upstream_of(x)
+    ours, theirs = run(fused, x, order, call, upstream), run(eager, x, order, call, upstream)
+    exact = run(unfused, x.double(), order, call, upstream)
+    for name, m, *triple in zip(("u", "out", "dx"), (FORWARD, FORWARD, BACKWARD), ours, theirs, exact, strict=True):
+        assert_within_budget(*triple, m, name)
+    assert ours[-1].is_contiguous()
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "targets": {"num_targets": torch.tensor([0, 1, 2, 5, 3, 0], device=DEVICE), "max_attn_len": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["packed", "strided"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    check(input_of(sum(LENGTHS), dtype, layout), order, jagged(**MASKS[mask]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
+def test_dense(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    call = attention(max_seq_len=33)
+    if kind == "lengths":
+        call["seq_lengths"] = torch.tensor([33, 0, 20], device=DEVICE)
+    elif kind == "mask tensor":
+        call["attn_mask"] = (torch.rand(3, 1, 33, 33, device=DEVICE) < 0.5).float()
+        call["mask_tile_states"] = mask_tile_states(call["attn_mask"])
+    check(input_of(33, dtype, "dense"), "uvqk", call)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_like_silu_split_and_attention_one_by_one(order: str) -> None:
+    """In float64 to its last digits: each way of a gradient alone, and both."""
+    torch.manual_seed(2)
+    x, call = torch.randn(sum(LENGTHS), W, device=DEVICE, dtype=torch.float64), jagged()
+    du, dout = upstream_of(x)
+    for upstream in ([du, dout], [du, 0 * dout], [0 * du, dout]):
+        ours, theirs = (run(function, x, order, call, upstream) for function in (fused, unfused))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        torch.testing.assert_close(ours[2], theirs[2])
+
+
+def test_only_one_of_the_results_is_used() -> None:
+    x, call = torch.randn(sum(LENGTHS), W, device=DEVICE, dtype=torch.float64, requires_grad=True), jagged()
+    for i in range(2):
+        ours, theirs = (torch.autograd.grad(f(x, "uvqk", call)[i].sum(), x)[0] for f in (fused, unfused))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_of_no_sequence_are_never_read_and_get_zero() -> None:
+    torch.manual_seed(3)
+    total = sum(LENGTHS)
+    x = torch.randn(total + 9, W, device=DEVICE)
+    upstream = upstream_of(x)
+    poisoned, poison = x.clone(), [g.clone() for g in upstream]
+    for t in (poisoned, *poison):
+        t[total:] = float("nan")
+    *_, dx = run(fused, poisoned, "uvqk", jagged(), poison)
+    *_, want = run(fused, x[:total], "uvqk", jagged(), [g[:total] for g in upstream])
+    assert torch.equal(dx[:total], want) and (dx[total:] == 0).all()
+
+
+@pytest.mark.parametrize("total", [0, 1])
+def test_nothing_or_one_token(total: int) -> None:
+    offsets = torch.tensor([0, total], device=DEVICE)
+    check(torch.randn(total, W, device=DEVICE), "uvqk", attention(seq_offsets=offsets, max_seq_len=4))
+
+
+def test_16_bits_are_rounded_once() -> None:
+    torch.manual_seed(4)
+    x = input_of(sum(LENGTHS), torch.bfloat16, "packed")
+    u, q, k, v = slices(x, "uvqk")
+    call = {name: value for name, value in jagged().items() if name not in ("mask_tile_states", "attn_bias")}
+    du, dout = upstream_of(x)
+    tensors = dout, du, x, q, k, v
+    ours = silu_attention_backward_reference(*tensors, **columns("uvqk"), **call)
+    wide = silu_attention_backward_reference(*(t.float() for t in tensors), **columns("uvqk"), **call)
+    assert torch.equal(ours, wide.bfloat16())
+
+
+def op_arguments(call: dict[str, Any], *tensors: Tensor, order: str = "uvqk") -> tuple:
+    at = columns(order)
+    return *tensors, *(call[name] for name in PARAMETERS), *(at[name] for name in COLUMNS)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", ["packed", "strided"])
+def test_opcheck(layout: str, mask: str) -> None:
+    x, call = input_of(sum(LENGTHS), torch.float32, layout), jagged(**MASKS[mask])
+    leaf = x.detach().requires_grad_()
+    torch.library.opcheck(OP, op_arguments(call, leaf, *slices(x, "uvqk")))
+    u, q, k, v = slices(x, "uvqk")
+    du, dout = upstream_of(x)
+    torch.library.opcheck(OP_BACKWARD, op_arguments(call, dout, du, x, q, k, v))
+
+
+def test_opcheck_dense() -> None:
+    x, call = input_of(33, torch.float32, "dense"), attention(max_seq_len=33)
+    torch.library.opcheck(OP, op_arguments(call, x.detach().requires_grad_(), *slices(x, "kuqv"), order="kuqv"))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"attn_bias": torch.ones(1, 1, 33, 33)}, "attn_bias is given, expected None"),
+    ({"attn_mask": torch.ones(1, 1, 33, 33)}, "mask_tile_states is missing"),
+    ({"u_at": 1}, "u_at is 1, expected 0: u, q, k and v are all columns of x"),
+    ({"k_at": columns("uvqk")["q_at"]}, "k_at is 128|q_at is 128"),
+    ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),
+    ({"x": torch.ones(60, W)}, "shape of u"),
+    ({"x": torch.ones(61, W).half()}, "dtype of u is torch.float32, expected that of x, torch.float16"),
+    ({"u": torch.ones(61, 2, 32)}, "shape of u"),
+    ({"q": torch.ones(61, 32)}, "shape of q"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> None:
+    x = torch.randn(sum(LENGTHS), W, device=DEVICE)
+    tensors = dict(zip("uqkv", slices(x, "uvqk"), strict=True))
+    given = {"x": x, **tensors, **columns("uvqk"), **jagged()}
+    silu_attention(**given)
+    change = {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in change.items()}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        silu_attention(**{**given, **change})
+    du, dout = upstream_of(x)
+    bad = {"du": du, **given, **change}
+    bad["du"] = bad.pop("u") if "u" in change else du
+    order = ("du", "x", "q", "k", "v", *PARAMETERS, *COLUMNS)
+    OP_BACKWARD(dout, du, *(given[name] for name in order[1:]))  # what is remembered of it lets nothing pass
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        OP_BACKWARD(dout, *(bad[name] for name in order))
