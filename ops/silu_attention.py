@@ -50,7 +50,7 @@ def silu_attention(
 
     Returns:
         u (an alias of it), and the attention's output. The gradient of x is contiguous. In rows that belong to no
-        sequence because they are beyond the last of seq_offsets it is 0, that of u included, and they are never read.
+        sequence the columns of q, k and v are never read and get 0; those of u are as in any other row.
 
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what was expected.

@@ -24,17 +24,29 @@ def silu_attention_backward_reference(
     k_at: int,
     v_at: int,
     seq_offsets: Tensor | None = None,
+    seq_lengths: Tensor | None = None,
     **attention,
 ) -> Tensor:
     """dx, contiguous, in the shape and dtype of x. Arguments as in `hstu_compile.ops.silu_attention`."""
     dout, du, wide, q, k, v = (t.to(compute_dtype(x)) for t in (dout, du, x, q, k, v))
-    dq, dk, dv, _ = hstu_attention_backward_reference(
-        dout, q, k, v, seq_offsets=seq_offsets, needs_bias_grad=False, **attention
+    grads = hstu_attention_backward_reference(
+        dout, q, k, v, seq_offsets=seq_offsets, seq_lengths=seq_lengths, **attention, needs_bias_grad=False
     )
-    pieces = {u_at: du, q_at: dq.flatten(-2), k_at: dk.flatten(-2), v_at: dv.flatten(-2)}
-    sigmoid = torch.sigmoid(wide)
-    dx = torch.cat([pieces[at] for at in sorted(pieces)], dim=-1) * (sigmoid * (1 + wide * (1 - sigmoid)))
-    if seq_offsets is not None:
-        used = torch.arange(x.shape[0], device=x.device) < seq_offsets[-1]
-        dx = torch.where(used[:, None], dx, torch.zeros((), dtype=dx.dtype, device=dx.device))
+    unused = _unused(x, seq_offsets, seq_lengths)
+    dx = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    for at, grad in zip((u_at, q_at, k_at, v_at), (du, *(grad.flatten(-2) for grad in grads[:3])), strict=True):
+        piece = wide[..., at : at + grad.shape[-1]]
+        sigmoid = torch.sigmoid(piece)
+        product = grad * (sigmoid * (1 + piece * (1 - sigmoid)))
+        if unused is not None and at != u_at:
+            product = product.masked_fill(unused[..., None], 0)
+        dx[..., at : at + grad.shape[-1]] = product
     return dx.to(x.dtype)
+
+
+def _unused(x: Tensor, seq_offsets: Tensor | None, seq_lengths: Tensor | None) -> Tensor | None:
+    """Rows of no sequence: [T] or [B, N]; None where there are none."""
+    rows = torch.arange(x.shape[-2], device=x.device)
+    if seq_offsets is not None:
+        return rows >= seq_offsets[-1]
+    return None if seq_lengths is None else rows >= seq_lengths[:, None]

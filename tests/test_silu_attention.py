@@ -135,17 +135,24 @@ def test_only_one_of_the_results_is_used() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_rows_of_no_sequence_are_never_read_and_get_zero() -> None:
+def test_rows_of_no_sequence_matter_to_u_alone() -> None:
     torch.manual_seed(3)
     total = sum(LENGTHS)
     x = torch.randn(total + 9, W, device=DEVICE)
-    upstream = upstream_of(x)
-    poisoned, poison = x.clone(), [g.clone() for g in upstream]
-    for t in (poisoned, *poison):
-        t[total:] = float("nan")
-    *_, dx = run(fused, poisoned, "uvqk", jagged(), poison)
-    *_, want = run(fused, x[:total], "uvqk", jagged(), [g[:total] for g in upstream])
-    assert torch.equal(dx[:total], want) and (dx[total:] == 0).all()
+    du, dout = upstream_of(x)
+    start = columns("uvqk")["u_at"]
+    of_u = slice(start, start + WIDTHS["u"])
+    poisoned = torch.full_like(x, float("nan"))
+    poisoned[:total], poisoned[:, of_u] = x[:total], x[:, of_u]
+    dout[total:] = float("nan")
+    *_, dx = run(fused, poisoned, "uvqk", jagged(), [du, dout])
+    *_, want = run(fused, x[:total], "uvqk", jagged(), [du[:total], dout[:total]])
+    leaf = x[total:, of_u].clone().requires_grad_()
+    (want_u,) = torch.autograd.grad(F.silu(leaf), leaf, du[total:])
+    assert torch.equal(dx[:total], want)
+    torch.testing.assert_close(dx[total:, of_u], want_u)
+    dx[:, of_u] = 0
+    assert (dx[total:] == 0).all()
 
 
 @pytest.mark.parametrize("total", [0, 1])
