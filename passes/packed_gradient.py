@@ -165,15 +165,14 @@ def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.N
 def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
     """The views of u before the attention: u is a result of the op, which stands where the attention does."""
     late: list[fx.Node] = []
-    of_u = {u}
     for node in attention.graph.nodes:
         if node is attention:
             return late
-        if of_u & set(node.all_input_nodes) and not reads_only_metadata(node):
+        inputs = set(node.all_input_nodes)
+        if inputs & set(late) or (u in inputs and not reads_only_metadata(node)):
             if not _is_view(node):
                 raise Misfit(f"u is used before the attention: {node.target} at {source_line(node)}")
             late.append(node)
-            of_u.add(node)
     raise AssertionError("the attention is not in its own graph")
 
 
