@@ -146,6 +146,12 @@ def columns_that_nobody_uses(z: Tensor) -> Tensor:
     return gated(u, attend(q, k, v))
 
 
+def overlapping(z: Tensor) -> Tensor:
+    s = F.silu(z)
+    u, v, q, k = s[..., :W], s[..., W : 2 * W], s[..., 2 * W : 3 * W], s[..., 2 * W : 3 * W]
+    return gated(u, attend(q, k, v))
+
+
 def the_same_slice_twice(z: Tensor) -> Tensor:
     u, v, q, _ = F.silu(z).split(W, dim=-1)
     return gated(u, attend(q, q, v))
@@ -203,6 +209,7 @@ EXPLAINED = {
     unused_u: "0 used slices besides q, k and v",
     two_us: "2 used slices besides q, k and v",
     columns_that_nobody_uses: "not all columns",
+    overlapping: "not all columns of the silu, each once",
     the_same_slice_twice: "second use|another role",
     bias: "the attention has a bias",
     interleaved: "does not have its columns of the silu in one piece",
