@@ -65,29 +65,31 @@ def _named(args: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(zip(PARAMETERS, args[:count], strict=True)), dict(zip(COLUMNS, args[count:], strict=True))
 
 
-def _check(x: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple) -> None:
+def _check(x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple, **of_u: Tensor) -> None:
+    """of_u: u or its gradient, by its name."""
     named, columns = _named(args)
     if named["attn_bias"] is not None:
         raise ValueError("silu_attention: attn_bias is given, expected None: its gradient has no place in that of x")
-    check_slices(x, {"u": (u, 1), "q": (q, 2), "k": (k, 2), "v": (v, 2)}, columns)
+    ((name, u),) = of_u.items()
+    check_slices(x, {"u_at": (name, u, 1), "q_at": ("q", q, 2), "k_at": ("k", k, 2), "v_at": ("v", v, 2)}, columns)
 
 
 def _forward(x, u, q, k, v, *args):
-    _check(x, u, q, k, v, args)
+    _check(x, q, k, v, args, u=u)
     out = torch.ops.hstu_compile.hstu_attention_forward(q, k, v, *args[: len(PARAMETERS)])
     return torch.ops.aten.alias(u), out
 
 
 @torch.library.register_fake("hstu_compile::silu_attention_backward")
 def _backward_fake(dout, du, x, q, k, v, *args):
-    _check(x, du, q, k, v, args)
+    _check(x, q, k, v, args, du=du)
     return x.new_empty(x.shape)
 
 
 def _checked_kernel(
     dout: Tensor, du: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple
 ) -> ModuleType | None:
-    _check(x, du, q, k, v, args)
+    _check(x, q, k, v, args, du=du)
     return checked_attention_kernel(q, k, v, args[: len(PARAMETERS)])
 
 

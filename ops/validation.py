@@ -160,12 +160,14 @@ def _check_tile_states(attn_mask: Tensor | None, states: Tensor | None) -> None:
         _same(size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"{wanted}, for that attn_mask")
 
 
-def check_slices(x: Tensor, slices: dict[str, tuple[Tensor, int]], columns: dict[str, int]) -> None:
-    """Whether slices, name -> (tensor, how many of its last dimensions are columns of x), that begin at the columns
-    `{name}_at` are all of x [.., W], in one piece each."""
+def check_slices(x: Tensor, slices: dict[str, tuple[str, Tensor, int]], columns: dict[str, int]) -> None:
+    """Whether the slices that begin at these columns are all of x [.., W], in one piece each.
+
+    slices: by the name of its column, a slice's name, a tensor of its shape, and how many dimensions its columns have.
+    """
     lead = x.shape[:-1]
     widths = {}
-    for name, (t, own) in slices.items():
+    for at, (name, t, own) in slices.items():
         expect(
             t.dim() == len(lead) + own, f"the shape of {name}", tuple(t.shape), f"{tuple(lead)} as in x, and {own} more"
         )
@@ -173,12 +175,12 @@ def check_slices(x: Tensor, slices: dict[str, tuple[Tensor, int]], columns: dict
         expect(t.device == x.device, f"the device of {name}", t.device, f"that of x, {x.device}")
         for size, wanted in zip(t.shape, lead, strict=False):
             _same(size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(lead)} as in x")
-        widths[name] = math.prod(t.shape[len(lead) :])
+        widths[at] = math.prod(t.shape[len(lead) :])
     end = 0
-    for name in sorted(widths, key=lambda name: columns[f"{name}_at"]):
+    for at in sorted(widths, key=columns.__getitem__):
         expected = f"{end}: u, q, k and v are all columns of x, none twice"
-        _same(columns[f"{name}_at"], end, f"{name}_at", columns[f"{name}_at"], functools.partial(str, expected))
-        end += widths[name]
+        _same(columns[at], end, at, columns[at], functools.partial(str, expected))
+        end += widths[at]
     _same(x.shape[-1], end, "the shape of x", tuple(x.shape), lambda: f"{end} columns, those of u, q, k and v")
 
 

@@ -96,17 +96,19 @@ def _find(attention: fx.Node, silu: fx.Node) -> Packed:
     if value(silu).dtype != value(attention).dtype:
         raise Misfit(f"silu gives {value(silu).dtype}, the attention {value(attention).dtype}")
     pieces = _pieces(silu)
-    columns = {}
+    columns, ranges = {}, []
     for role, operand in zip("qkv", attention.args, strict=False):
-        columns[role] = _columns(operand, silu, own=2)[0]  # type: ignore[arg-type]
+        ranges.append(_columns(operand, silu, own=2))  # type: ignore[arg-type]
+        columns[role] = ranges[-1][0]
         pieces.remove(_only_for(attention, role, operand, pieces))  # type: ignore[arg-type]
     if len(pieces) != 1:
         raise Misfit(f"silu gives {len(pieces)} used slices besides q, k and v, expected one, u")
     (u,) = pieces
-    columns["u"], width = _columns(u, silu, own=value(u).dim() - value(silu).dim() + 1)
-    widths = [shape(n)[-1] * shape(n)[-2] for n in attention.args[:3]]  # type: ignore[arg-type]
-    if not same(sum(widths) + width, shape(silu)[-1]):
-        raise Misfit("u, q, k and v are not all columns of the silu")
+    ranges.append(_columns(u, silu, own=value(u).dim() - value(silu).dim() + 1))
+    columns["u"] = ranges[-1][0]
+    begins, ends = zip(*sorted(ranges), strict=True)
+    if not same_shape((*begins, shape(silu)[-1]), (0, *ends)):
+        raise Misfit("u, q, k and v are not all columns of the silu, each once")
     late = _late(u, attention)
     _refuse_writes(silu, attention)
     return Packed(attention, silu, u, late, columns)
@@ -132,7 +134,7 @@ def _pieces(silu: fx.Node) -> list[fx.Node]:
 
 
 def _columns(node: fx.Node, silu: fx.Node, own: int) -> tuple[int, int]:
-    """At which column of the silu the view begins and how many it has: its last `own` dimensions, in one piece."""
+    """At which column of the silu the view begins and ends: its last `own` dimensions, in one piece."""
     lead, last = shape(node)[:-own], shape(node)[-own:]
     at = value(node).storage_offset()
     fits = (
@@ -145,7 +147,7 @@ def _columns(node: fx.Node, silu: fx.Node, own: int) -> tuple[int, int]:
     )
     if not fits:
         raise Misfit(f"{node.name} {[str(n) for n in shape(node)]} does not have its columns of the silu in one piece")
-    return at, math.prod(last)  # type: ignore[arg-type]
+    return at, at + math.prod(last)
 
 
 def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.Node]) -> fx.Node:
@@ -165,15 +167,14 @@ def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.N
 def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
     """The views of u before the attention: u is a result of the op, which stands where the attention does."""
     late: list[fx.Node] = []
-    of_u = {u}
     for node in attention.graph.nodes:
         if node is attention:
             return late
-        if of_u & set(node.all_input_nodes) and not reads_only_metadata(node):
+        inputs = set(node.all_input_nodes)
+        if inputs & set(late) or (u in inputs and not reads_only_metadata(node)):
             if not _is_view(node):
                 raise Misfit(f"u is used before the attention: {node.target} at {source_line(node)}")
             late.append(node)
-            of_u.add(node)
     raise AssertionError("the attention is not in its own graph")
 
 

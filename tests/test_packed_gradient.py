@@ -33,7 +33,7 @@ HEADS = (B, N, H, D)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-    q, k, v = (t.reshape(B, -1, H, D) for t in (q, k, v))
+    q, k, v = (t.reshape(-1, N, H, D) for t in (q, k, v))
     return hstu_attention(q, k, v, max_seq_len=N, alpha=0.5, scaling_seq_len=N, **more).flatten(2)
 
 
@@ -146,6 +146,12 @@ def columns_that_nobody_uses(z: Tensor) -> Tensor:
     return gated(u, attend(q, k, v))
 
 
+def overlapping(z: Tensor) -> Tensor:
+    s = F.silu(z)
+    u, v, q, k = s[..., :W], s[..., W : 2 * W], s[..., 2 * W : 3 * W], s[..., 2 * W : 3 * W]
+    return gated(u, attend(q, k, v))
+
+
 def the_same_slice_twice(z: Tensor) -> Tensor:
     u, v, q, _ = F.silu(z).split(W, dim=-1)
     return gated(u, attend(q, q, v))
@@ -203,6 +209,7 @@ EXPLAINED = {
     unused_u: "0 used slices besides q, k and v",
     two_us: "2 used slices besides q, k and v",
     columns_that_nobody_uses: "not all columns",
+    overlapping: "not all columns of the silu, each once",
     the_same_slice_twice: "second use|another role",
     bias: "the attention has a bias",
     interleaved: "does not have its columns of the silu in one piece",
@@ -220,6 +227,16 @@ def test_near_misses_are_left_alone_and_explained(model: Callable[..., Tensor]) 
     assert packed_gradient.run(gm, report) == 0 and str(gm.graph) == before
     (miss,) = report.missed("packed_gradient")
     assert any(words in miss.reason for words in EXPLAINED[model].split("|")), miss.reason
+
+
+def test_the_size_of_a_view_of_u_is_wanted_before_the_attention() -> None:
+    gm, report = graph_of(u_viewed_first), Report()
+    (attention,) = gm.graph.find_nodes(op="call_function", target=ATTENTION)
+    (view,) = gm.graph.find_nodes(op="call_function", target=aten.transpose.int)[:1]
+    with gm.graph.inserting_before(attention):
+        gm.graph.call_function(aten.sym_size.int, (view, 0))
+    assert packed_gradient.run(gm, report) == 0
+    assert "u is used before the attention: aten.sym_size" in report.missed()[0].reason
 
 
 def silu_on_u_only(z: Tensor) -> Tensor:

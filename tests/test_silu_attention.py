@@ -200,9 +200,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"u_at": 1}, "u_at is 1, expected 0: u, q, k and v are all columns of x"),
     ({"k_at": columns("uvqk")["q_at"]}, "k_at is 128|q_at is 128"),
     ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),
-    ({"x": torch.ones(60, W)}, "shape of u"),
-    ({"x": torch.ones(61, W).half()}, "dtype of u is torch.float32, expected that of x, torch.float16"),
-    ({"u": torch.ones(61, 2, 32)}, "shape of u"),
+    ({"x": torch.ones(60, W)}, "shape of d?u"),
+    ({"x": torch.ones(61, W).half()}, "dtype of d?u is torch.float32, expected that of x, torch.float16"),
+    ({"u": torch.ones(61, 2, 32)}, "shape of d?u"),
     ({"q": torch.ones(61, 32)}, "shape of q"),
 ]
 
