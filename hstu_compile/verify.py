@@ -93,7 +93,7 @@ class _Run:
 
 
 def _run(interpreter: fx.Interpreter, args: Any) -> _Run:
-    torch.manual_seed(0)  # what remains of randomness, and the incoming gradients
+    torch.manual_seed(0)  # what remains of randomness
     names = [node.name for node in placeholders(interpreter.module)]
     inputs = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
     results = [x for x in pytree.tree_leaves(interpreter.run(*inputs)) if isinstance(x, Tensor)]
@@ -102,6 +102,7 @@ def _run(interpreter: fx.Interpreter, args: Any) -> _Run:
     sources = [(name, x) for name, x in zip(names, inputs, strict=True) if isinstance(x, Tensor) and x.requires_grad]
     if not targets or not sources:
         return _Run(outputs, [])
+    torch.manual_seed(0)  # the two graphs may have drawn other numbers of random numbers
     incoming = [torch.randn(x.shape, device=x.device).to(x.dtype) for x in targets]
     grads = torch.autograd.grad(targets, [x for _, x in sources], incoming, allow_unused=True)
     found = zip(sources, grads, strict=True)

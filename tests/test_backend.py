@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import hstu_compile
+from bench.native_layer import HSTUStack
 from hstu_compile import compiler
+from hstu_compile.passes.recompute import SaveResults
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
 from tests.without_codegen import ONLY, Compiled, SiluPass, inductor_without_codegen, install
@@ -291,7 +293,9 @@ def test_disable_and_keyword_options(inductor: Compiled) -> None:
 
 def test_inductor_options_reach_inductor(inductor: Compiled) -> None:
     compiled(Layer(), **{"max_autotune": True, "triton.cudagraphs": False})(*batch())
-    assert inductor.configs == [{"max_autotune": True, "triton.cudagraphs": False}]
+    (configs,) = inductor.configs
+    assert isinstance(configs.pop("joint_custom_pre_pass"), SaveResults)
+    assert configs == {"max_autotune": True, "triton.cudagraphs": False}
 
 
 def test_debug_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +331,12 @@ def test_verify_accepts(train: bool, inductor: Compiled) -> None:
             run(x, offsets)
     assert x.grad is None and all(p.grad is None for p in model.parameters()) and torch.equal(calls, model.calls)
     torch.random.set_rng_state(state)
+
+
+def test_verify_accepts_dropout(inductor: Compiled) -> None:
+    """The fused op draws a seed where the original draws nothing, its dropout being off."""
+    x = torch.randn(2, 6, 24, requires_grad=True)
+    compiled(HSTUStack(1, 24, 2, 8, dropout_ratio=0.2), verify="first")(x, torch.tensor([6, 4])).sum().backward()
 
 
 def test_verify_captures_once(inductor: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ SPILLS: dict[tuple[Any, ...], int] = {
     (64, "product_kernel", FP32, None): 56,
     (128, "dkdv_kernel", BF16, BOOL): 64,
     (256, "product_kernel", None, BOOL): 16,
+    (256, "product_kernel GRAD", BF16, None): 8,
     (256, "product_kernel GRAD", None, BOOL): 48,
 }
 
