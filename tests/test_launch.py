@@ -107,7 +107,7 @@ def same_addresses(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def restart() -> None:
         taken[0] = 0
         monkeypatch.setattr(torch, "empty", from_pool)
-        monkeypatch.setattr(torch, "empty_like", lambda t, memory_format: from_pool(t.shape, dtype=t.dtype))
+        monkeypatch.setattr(torch, "empty_like", lambda t, memory_format=None: from_pool(t.shape, dtype=t.dtype))
 
     return restart
 
@@ -138,6 +138,30 @@ def test_c_gets_the_same(recorded, same_addresses, monkeypatch: pytest.MonkeyPat
         assert list(map(without_hooks, again)) == list(map(without_hooks, public))
     in_either = dim == 64 and not has_bias
     assert [len(relaunches) for relaunches in memory.values()] == ([2, 2, 3] if in_either else [2, 3])
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_c_gets_the_same_for_a_packed_gradient(
+    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", LONG)
+    memory: dict = {}
+    columns = {f"{name}_at": i * H * dim for i, name in enumerate("uvqk")}
+
+    def launched(memory: dict | None, tensors: list[torch.Tensor], call: dict[str, Any]) -> list[tuple]:
+        same_addresses()
+        passed.clear()
+        attention_sm90.silu_backward(*tensors, **columns, memory=memory, **call)
+        return list(map(without_hooks, passed))
+
+    for lengths in STEPS:
+        (v, q, k, dout), call = inputs(lengths, dim)
+        x, du = (EMPTY(len(q), width * H * dim, dtype=torch.bfloat16) for width in (4, 1))
+        again, public = (launched(each, [dout, du, x, q, k, v], call) for each in (memory, None))
+        in_one = dim == 64 and sum(lengths) // len(lengths) >= LONG
+        assert len(again) == 2 + (1 if in_one else 2)
+        assert again == public
+    assert [len(relaunches) for relaunches in memory.values()] == ([3, 4] if dim == 64 else [4])
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
