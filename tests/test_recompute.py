@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import checkpoint
 
 import hstu_compile
 from bench.native_layer import HSTUStack
@@ -115,6 +116,23 @@ def test_an_activation_is_saved_in_its_own_dtype(inductor: Compiled) -> None:
     plain, recomputed = step(half, {}, inductor), step(half, SILU, inductor)
     assert plain.saved_bytes - recomputed.saved_bytes == 64 * x.shape[:-1].numel() * 2
     assert all(torch.equal(a, b) for a, b in zip(plain.values, recomputed.values, strict=True))
+
+
+def test_a_checkpointed_layer_saves_nothing(inductor: Compiled) -> None:
+    """What the user says of a region goes before what is worth saving."""
+    layer = LAYERS["native"]
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer.model()
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, lengths, use_reentrant=False)
+
+    plain, ours = (step(Layer(m, layer.arguments, 0, 0, 0), {}, inductor) for m in (layer.model, Checkpointed))
+    assert ours.saved == 0 < plain.saved
+    assert all(torch.equal(a, b) for a, b in zip(ours.values, plain.values, strict=True))
 
 
 def test_own_joint_passes_run_too(inductor: Compiled) -> None:
