@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(one, str):
         return 1
     times = one.times._asdict().items()
-    print(table(["", "GPU, ms", "host, ms"], [[name, f"{t.ms:.3f}", f"{t.host_ms:.3f}"] for name, t in times]))
+    print(table(["", "ms", "host, ms"], [[name, f"{t.ms:.3f}", f"{t.host_ms:.3f}"] for name, t in times]))
     print(f"held after the forward: {one.held_mib:.1f} MiB, peak of a step: {one.step_peak_mib:.1f} MiB")
     write_json(args.json, rows(problem, variant, one))
     return 0
