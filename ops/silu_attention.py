@@ -112,7 +112,7 @@ def _backward(dout, du, x, q, k, v, *args):
         check_attention_values(q, **named)
     if kind.kernel is None:
         return silu_attention_backward_reference(dout, du, x, q, k, v, **columns, **for_reference(named))
-    return kind.kernel.silu_backward(dout, du, x, q, k, v, **columns, memory=kind.memory, **for_kernel(named))
+    return kind.kernel.silu_backward(dout, du, x, q, k, v, columns=columns, memory=kind.memory, **for_kernel(named))
 
 
 class _SiluAttention(torch.autograd.Function):

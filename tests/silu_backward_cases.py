@@ -99,7 +99,7 @@ def test_packed_gradient(dtype, dim, order, layout, mask, one_kernel, monkeypatc
         monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", 0)
     poison_new_memory(monkeypatch)
     for name, kernel in KERNELS.items():
-        run = [kernel.silu_backward(dout, du, x, act["q"], act["k"], act["v"], **at, **call) for _ in range(2)]
+        run = [kernel.silu_backward(dout, du, x, act["q"], act["k"], act["v"], columns=at, **call) for _ in range(2)]
         assert torch.equal(*run), f"{name} differs from run to run"
         assert (run[0][unused] == 0).all(), f"{name}: rows of no sequence"
         assert_within_budget(run[0], theirs, want.masked_fill(unused, 0), BACKWARD, name)

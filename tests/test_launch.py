@@ -151,7 +151,7 @@ def test_c_gets_the_same_for_a_packed_gradient(
     def launched(memory: dict | None, tensors: list[torch.Tensor], call: dict[str, Any]) -> list[tuple]:
         same_addresses()
         passed.clear()
-        attention_sm90.silu_backward(*tensors, **columns, memory=memory, **call)
+        attention_sm90.silu_backward(*tensors, columns=columns, memory=memory, **call)
         return list(map(without_hooks, passed))
 
     for lengths in STEPS:

@@ -12,7 +12,7 @@ import torch
 from test_sm90_compiles import MASKS, NOTHING, assert_fits
 
 from hstu_compile.ops.kernels import attention_sm90
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slice_like
+from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of
 
 if torch.cuda.is_available():
     from silu_backward_cases import *  # noqa: F403
@@ -36,12 +36,16 @@ def test_compiles(dim: int, mask: str) -> None:
     dout = torch.empty(16, H, dim, dtype=torch.bfloat16)
     call = {**NOTHING, "seq_offsets": torch.tensor([0, 16]), "max_seq_len": 16, "alpha": 0.5, "scale": 0.1}
     call |= {name: torch.tensor(v) if isinstance(v, list) else v for name, v in MASKS[mask].items()}
-    (q, k, v), grads, silu_of = ([slice_like(t, i * H * dim, dout) for i in (2, 3, 1)] for t in (act, dx, x))
+    columns = {f"{name}_at": i * H * dim for i, name in enumerate("uvqk")}
+    du = dout.flatten(1)
+    (_, q, k, v), (u_dx, *grads), (u_x, *silu_of) = (
+        slices_of(t, du, dout, dout, dout, **columns) for t in (act, dx, x)
+    )
     extent = attention_sm90.extent_of(q, call)
     with compile_only.target(90), mock.patch.object(attention_sm90, "ONE_KERNEL_FROM", 0):
         scratch, _ = attention_sm90.backward_scratch(q, v, extent, call)
         launches = attention_sm90.backward_launches(dout, q, k, v, *grads, scratch, 132, silu_of, **call)
-        launches.append(silu_backward_launch(dout.flatten(1), x[:, : H * dim], dx[:, : H * dim], extent))
+        launches.append(silu_backward_launch(du, u_x, u_dx, extent))
         for launch in launches:
             name = launch.kernel.__name__
             kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
-from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slice_like
+from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slices_of
 from hstu_compile.ops.kernels.slots import slots_of
 
 MAX_DIM = 256
@@ -161,32 +161,31 @@ def silu_backward(
     k: Tensor,
     v: Tensor,
     *,
-    u_at: int,
-    q_at: int,
-    k_at: int,
-    v_at: int,
+    columns: dict[str, int],
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
 ) -> Tensor:
-    """The gradient of x where u, q, k, v are slices of silu(x) from these columns on; keywords as in `backward`."""
+    """The gradient of x where u, q, k, v are slices of silu(x); keywords as in `backward`.
+
+    columns: of x at which they begin: u_at, q_at, k_at and v_at.
+    """
     x, du = x.contiguous(), evenly_apart(du)
     dx = torch.empty_like(x)
     if dx.numel():
         extent = extent_of(q, call)
         scratch, num_zeros = backward_scratch(q, v, extent, call)
         whole = dx.unsqueeze(-2)
-        places = ((q_at, q), (k_at, k), (v_at, v))
-        grads, silu_of = ([slice_like(t, at, like) for at, like in places] for t in (dx, x))
-        u_slices = [t.narrow(-1, u_at, du.shape[-1]) for t in (x, dx)]
+        u_dx, *grads = slices_of(dx, du, q, k, v, **columns)
+        u_x, *silu_of = slices_of(x, du, q, k, v, **columns)
 
         def launches() -> list[Launch]:
             zeros = kernels().zero_launch((whole,), call["seq_offsets"], extent, scratch[0], num_zeros)
             args = dout, q, k, v, *grads, scratch, processors(q.device)
-            return [zeros, *backward_launches(*args, silu_of, **call), silu_backward_launch(du, *u_slices, extent)]
+            return [zeros, *backward_launches(*args, silu_of, **call), silu_backward_launch(du, u_x, u_dx, extent)]
 
         layouts = dout.dtype, dout.shape[1:], dout.stride(), du.dtype, du.shape[1:], du.stride(), dx.shape[1:]
-        key = (*layouts, u_at, q_at, k_at, v_at, in_one_kernel(filled_dim(q, v), extent, call))
-        tensors = [dout, q, k, v, whole, *grads, *silu_of, du, *u_slices, *scratch, *per_sequence(call)]
+        key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
+        tensors = [dout, q, k, v, whole, *grads, *silu_of, du, u_x, u_dx, *scratch, *per_sequence(call)]
         run(remembered(memory, call), key, tensors, extent, launches)
     return dx
 

@@ -19,7 +19,7 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
-from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slice_like
+from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slices_of
 from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
 
@@ -86,25 +86,22 @@ def silu_backward(
     k: Tensor,
     v: Tensor,
     *,
-    u_at: int,
-    q_at: int,
-    k_at: int,
-    v_at: int,
+    columns: dict[str, int],
     memory: dict[Hashable, Any] | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """The gradient of x where u, q, k, v are slices of silu(x) from these columns on; see `forward`."""
+    """The gradient of x where u, q, k, v are slices of silu(x), from `columns` on; see attention_sm90 and `forward`."""
     call = Call(q, k, v, **arguments)
     x, du = x.contiguous(), evenly_apart(du)
     dx = x.new_empty(x.shape)
-    call.gradients(dout, *(slice_like(dx, at, like) for at, like in ((q_at, q), (k_at, k), (v_at, v))))
+    u_dx, *grads = slices_of(dx, du, q, k, v, **columns)
+    u_x, *silu_of = slices_of(x, du, q, k, v, **columns)
+    call.gradients(dout, *grads)
     with torch.cuda.device_of(x):
-        for at, like in ((q_at, q), (k_at, k), (v_at, v)):
-            of_x, of_dx = (slice_like(t, at, like).flatten(-2) for t in (x, dx))
-            silu_backward_launch(of_dx, of_x, of_dx, call.extent)()
+        for grad, of in zip(grads, silu_of, strict=True):
+            silu_backward_launch(grad.flatten(-2), of.flatten(-2), grad.flatten(-2), call.extent)()
         zero_tail((dx.unsqueeze(-2),), arguments["seq_offsets"])
-        of_x, of_dx = (t.narrow(-1, u_at, du.shape[-1]) for t in (x, dx))
-        silu_backward_launch(du, of_x, of_dx, call.extent)()
+        silu_backward_launch(du, u_x, u_dx, call.extent)()
     return dx
 
 

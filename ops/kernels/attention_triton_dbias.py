@@ -21,7 +21,7 @@ from hstu_compile.ops.kernels.attention_triton_kernels import RUNTIME
 from hstu_compile.ops.kernels.mask_tiles import in_spans, key_spans
 from hstu_compile.ops.kernels.silu import silu_and_grad
 
-SHARING = ["num_sequences", "bias_batches", "bias_heads"]
+SHARING = ["bias_batches", "bias_heads"]
 
 
 @triton.jit

@@ -50,7 +50,10 @@ def evenly_apart(t: Tensor) -> Tensor:
     return t if even else t.clone(memory_format=torch.contiguous_format)
 
 
-def slice_like(t: Tensor, start: int, like: Tensor) -> Tensor:
-    """The columns of t from `start` on as [..., heads, dim] of `like`."""
-    heads, dim = like.shape[-2:]
-    return t.narrow(-1, start, heads * dim).unflatten(-1, (heads, dim))
+def slices_of(
+    t: Tensor, du: Tensor, q: Tensor, k: Tensor, v: Tensor, *, u_at: int, q_at: int, k_at: int, v_at: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The columns of t, laid out as u, q, k and v, from these on, in the shapes of du, q, k and v."""
+    wholes = (t.narrow(-1, at, like.shape[-2] * like.shape[-1]) for at, like in ((q_at, q), (k_at, k), (v_at, v)))
+    q_t, k_t, v_t = (part.unflatten(-1, like.shape[-2:]) for part, like in zip(wholes, (q, k, v), strict=True))
+    return t.narrow(-1, u_at, du.shape[-1]), q_t, k_t, v_t
