@@ -100,10 +100,11 @@ def kernels_of(x: Tensor, out: Tensor, call: dict[str, Any]) -> dict[str, Any]:
     return kernels
 
 
-# Bytes a thread that these may spill; what is not here spills nothing. They are addresses, not tiles.
+# Bytes a thread that these may spill; what is not here spills nothing. They are addresses, of the partition of queries.
 SPILLS = {
     (64, "everything", "dqdkdv_kernel"): 8,
-    (256, "targets", "product_kernel GRAD"): 32,
+    (64, "targets", "dqdkdv_kernel"): 24,
+    (64, "window", "dqdkdv_kernel"): 8,
 }
 
 
@@ -111,10 +112,15 @@ SPILLS = {
     "dim, dtype, mask",
     [
         (64, torch.bfloat16, "causal"),
+        (64, torch.bfloat16, "targets"),
+        (64, torch.bfloat16, "window"),
         (64, torch.float16, "everything"),
         (128, torch.bfloat16, "causal"),
-        (256, torch.bfloat16, "targets"),
+        (128, torch.bfloat16, "everything"),
         (192, torch.float16, "causal"),
+        (256, torch.bfloat16, "targets"),
+        (256, torch.bfloat16, "window"),
+        (256, torch.bfloat16, "everything"),
         (32, torch.bfloat16, "window"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from hstu_compile.ops.kernels.attention_sm90_pipeline import ROWS
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
+    NOWHERE,
     RUNTIME,
     Batch,
     live_tile,
@@ -39,8 +40,6 @@ from hstu_compile.ops.kernels.mask_tiles import nth_tile, num_tiles, query_spans
 from hstu_compile.ops.kernels.mask_visits import BELOW, is_plain, plain_visits, visits
 from hstu_compile.ops.kernels.silu import silu_and_grad_packed, times_packed
 from hstu_compile.ops.kernels.slots import tile_of_program
-
-NOWHERE = gl.constexpr(-32.0)  # tanh is -1 here, so that silu and its derivative are 0
 
 
 class Buffers(NamedTuple):

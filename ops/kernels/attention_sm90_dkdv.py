@@ -5,9 +5,17 @@ come out of the tensor cores in the layout in which dv += pT do and dk += dsT q 
 through shared memory. Tiles come as attention_sm90_pipeline says: a, da, b, c are k, v, q, do.
 """
 
-from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, lists_of, load_bias, load_weight, weighted
+from hstu_compile.ops.kernels.attention_sm90_pairs import (
+    half_argument,
+    lists_of,
+    load_bias,
+    load_weight_if,
+    masked,
+    weighted,
+)
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
+    at_border,
     meets_any,
     output_tile,
     own_tiles,
@@ -21,27 +29,32 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     whole_tiles,
 )
 from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, scheduler, take_over, tile_queue
-from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
+from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu_and_grad
 
 
 @gluon.jit
-def pointwise(s, half_alpha, bias, DTYPE: gl.constexpr):
-    """silu(alpha * s + bias), rounded, and its derivative."""
-    x, g = silu_and_grad(half_argument(s, half_alpha, bias), True)
-    return x.to(DTYPE), g
+def both_weighted(x, g, weight):
+    if weight is None:
+        return x, g
+    else:
+        return weighted(x.to(gl.float32), weight).to(x.dtype), weighted(g, weight)
 
 
 @gluon.jit
-def masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY: gl.constexpr):
-    """x and g times the mask tensor; 0 where the mask is dead."""
-    if (query0 < whole[0]) | (query0 + x.shape[1] > whole[1]) | (not ones):
-        weight = load_weight(pairs, g, key0, query0, sequence, batch, True)
-        live = live_tile(g, key0, query0, sequence.z, batch, FAMILY, True)
-        x = gl.where(live, weighted(x.to(gl.float32), weight), 0.0).to(x.dtype)
-        g = gl.where(live, weighted(g, weight), 0.0)
+def pointwise(
+    s, half_alpha, bias, key0, query0, border, sequence, batch, pairs, FAMILY: gl.constexpr, DTYPE: gl.constexpr
+):  # fmt: skip
+    """silu(alpha * s + bias), rounded, and its derivative; at a border, times the mask tensor and 0 in dead cells."""
+    h = half_argument(s, half_alpha, bias)
+    if border:
+        h = masked(h, key0, query0, sequence, batch, pairs, FAMILY, True)
+    x, g = silu_and_grad(h, True)
+    x = x.to(DTYPE)
+    if border:
+        x, g = both_weighted(x, g, load_weight_if(False, pairs, g, key0, query0, sequence, batch, True))
     return x, g
 
 
@@ -59,54 +72,51 @@ def consumer(
     # Whether dp is asked for before silu: with a bias or a mask tensor it would spill.
     EARLY: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
     done = 0  # q, do tiles so far
-    visited = 0
-    number = 0
+    number = 0  # output tiles so far
     tile = take_over(number, queue)
     while tile >= 0:
-        number += 1
         sequence, mask, tile_key0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, 2 * ROWS, COLS, True)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         key0 = tile_key0 + W * ROWS
         dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
         dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+        first = 0
+        tiles = 0
         if meets_any(tile_key0, sequence, spans, lists):
-            mbarrier.wait(k.full.index(W), visited & 1)
-            visited += 1
             tiles = num_tiles(spans)
             first = own_tiles(key0, mask, tiles, spans, lists, FAMILY, COLS, True)
             done = skip(q, do, done, first, STAGES, STAGES)
-            if first < tiles:
-                whole = whole_tiles(key0, mask, pairs, FAMILY, True)
-                zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
-                for t in range(first, tiles):
-                    query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
-                    q_tile = wait_full(q, done, STAGES)
-                    s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    do_tile = wait_full(do, done, STAGES)
-                    if EARLY:
-                        dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
-                    s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
-                    x, g = pointwise(s, half_alpha, bias, dtype)
-                    x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
-                    p = gl.convert_layout(x, p_layout)
-                    if not EARLY:
-                        dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    dv = warpgroup_mma(p, do_tile, dv, is_async=True)
-                    dp = warpgroup_mma_wait(1, deps=(dp,))
-                    ds = gl.convert_layout((g * dp).to(dtype), p_layout)
-                    dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
-                    dv, p = warpgroup_mma_wait(1, deps=(dv, p))
-                    release(do, done, STAGES)
-                    dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
-                    release(q, done, STAGES)
-                    done += 1
-                mbarrier.arrive(k.empty.index(W), count=1)
-            else:
-                mbarrier.arrive(k.empty.index(W), count=1)
+        whole = whole_tiles(key0, mask, pairs, FAMILY, True)
+        zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
+        mbarrier.wait(k.full.index(W), number & 1)
+        for t in range(first, tiles):
+            query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
+            q_tile = wait_full(q, done, STAGES)
+            s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            do_tile = wait_full(do, done, STAGES)
+            if EARLY:
+                dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
+            s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
+            border = at_border(query0, COLS, ones, whole)
+            x, g = pointwise(s, half_alpha, bias, key0, query0, border, sequence, batch, pairs, FAMILY, dtype)
+            p = gl.convert_layout(x, p_layout)
+            if not EARLY:
+                dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dv = warpgroup_mma(p, do_tile, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = gl.convert_layout((g * dp).to(dtype), p_layout)
+            dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
+            dv, p = warpgroup_mma_wait(1, deps=(dv, p))
+            release(do, done, STAGES)
+            dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+            release(q, done, STAGES)
+            done += 1
+        mbarrier.arrive(k.empty.index(W), count=1)
         if key0 < sequence.stored:
             store_rows(dk_out, dk * dk_factor, key0, sequence, K_DIM)
             store_rows(dv_out, dv * dv_factor, key0, sequence, V_DIM)
+        number += 1
         tile = take_over(number, queue)
 
 

@@ -5,10 +5,11 @@ and dk += ds q: four matrix products, with f'(s) handed over in shared memory. A
 [keys, queries], so that p and ds stay in registers. Tiles come as attention_sm90_pipeline says.
 """
 
-from hstu_compile.ops.kernels.attention_sm90_dkdv import masked, pointwise
+from hstu_compile.ops.kernels.attention_sm90_dkdv import pointwise
 from hstu_compile.ops.kernels.attention_sm90_pairs import lists_of, load_bias
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
+    at_border,
     meets_any,
     output_tile,
     producer,
@@ -36,20 +37,17 @@ def dv_consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     grad_full, grad_empty = grad_bars
     done = 0  # q, do tiles so far
-    visited = 0
-    number = 0
+    number = 0  # output tiles so far
     tile = take_over(number, queue)
     while tile >= 0:
-        number += 1
         sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, ROWS, COLS, True)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+        mbarrier.wait(k.full.index(0), number & 1)
         if meets_any(key0, sequence, spans, lists):
             whole = whole_tiles(key0, mask, pairs, FAMILY, True)
             tiles = num_tiles(spans)
             zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
-            mbarrier.wait(k.full.index(0), visited & 1)
-            visited += 1
             for t in range(0, tiles):
                 query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
                 q_tile = wait_full(q, done, STAGES)
@@ -57,8 +55,8 @@ def dv_consumer(
                 bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 release(q, done, STAGES)
-                x, g = pointwise(s, half_alpha, bias, dtype)
-                x, g = masked(x, g, key0, query0, ones, whole, sequence, batch, pairs, FAMILY)
+                border = at_border(query0, COLS, ones, whole)
+                x, g = pointwise(s, half_alpha, bias, key0, query0, border, sequence, batch, pairs, FAMILY, dtype)
                 mbarrier.wait(grad_empty.index(0), (done & 1) ^ 1)
                 grads.store(g)
                 mbarrier.arrive(grad_full.index(0), count=1)
@@ -67,8 +65,9 @@ def dv_consumer(
                 dv, p = warpgroup_mma_wait(0, deps=(dv, p))
                 release(do, done, STAGES)
                 done += 1
-            mbarrier.arrive(k.empty.index(0), count=1)
+        mbarrier.arrive(k.empty.index(0), count=1)
         store_rows(dv_out, dv * factor, key0, sequence, DIM)
+        number += 1
         tile = take_over(number, queue)
 
 
@@ -83,19 +82,16 @@ def dk_consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     grad_full, grad_empty = grad_bars
     done = 0  # q, do tiles so far
-    visited = 0
-    number = 0
+    number = 0  # output tiles so far
     tile = take_over(number, queue)
     while tile >= 0:
-        number += 1
         sequence, mask, key0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, ROWS, COLS, True)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
+        mbarrier.wait(k.full.index(0), number & 1)
         if meets_any(key0, sequence, spans, lists):
             tiles = num_tiles(spans)
             zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
-            mbarrier.wait(k.full.index(0), visited & 1)
-            visited += 1
             for _ in range(0, tiles):
                 do_tile = wait_full(do, done, STAGES)
                 dp = warpgroup_mma(resident(v, 0), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -108,8 +104,9 @@ def dk_consumer(
                 dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
                 release(q, done, STAGES)
                 done += 1
-            mbarrier.arrive(k.empty.index(0), count=1)
+        mbarrier.arrive(k.empty.index(0), count=1)
         store_rows(dk_out, dk * factor, key0, sequence, DIM)
+        number += 1
         tile = take_over(number, queue)
 
 

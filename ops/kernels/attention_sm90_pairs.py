@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hstu_compile.ops.kernels.attention_sm90_tiles import pinned
+from hstu_compile.ops.kernels.attention_sm90_tiles import NOWHERE, live_tile, pinned
 from hstu_compile.ops.kernels.attention_tiles import occupied
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon
 
@@ -100,7 +100,12 @@ def load_cells(cells, like, row0, col0, z, sequence, N, KEYS_FIRST: gl.constexpr
 def load_bias(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
     """The tile's bias, if there is one."""
     if pairs.bias.ptr is not None:
-        return load_cells(pairs.bias, like, row0, col0, sequence.z, sequence, batch.N, KEYS_FIRST)
+        cells = load_cells(pairs.bias, like, row0, col0, sequence.z, sequence, batch.N, KEYS_FIRST)
+        if cells.dtype.primitive_bitwidth == 16:
+            # Two in a register: loaded one by one, ptxas leaves each in a register of its own.
+            return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [cells], cells.dtype, is_pure=False, pack=2)
+        else:
+            return cells
 
 
 @gluon.jit
@@ -120,11 +125,29 @@ def load_weight(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constex
 
 
 @gluon.jit
+def load_weight_if(BOOLS: gl.constexpr, pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
+    """The tile's mask tensor, if there is one, and it is of bools or (BOOLS is False) of numbers."""
+    if pairs.mask.ptr is not None:
+        if (pairs.mask.ptr.dtype.element_ty == gl.int1) == BOOLS:
+            return load_weight(pairs, like, row0, col0, sequence, batch, KEYS_FIRST)
+
+
+@gluon.jit
+def masked(half, row0, col0, sequence, batch, pairs, FAMILY: gl.constexpr, KEYS_FIRST: gl.constexpr):
+    """Half of silu's argument, NOWHERE in dead cells; with a mask tensor of bools, also where that is False."""
+    live = live_tile(half, row0, col0, sequence.z, batch, FAMILY, KEYS_FIRST)
+    bools = load_weight_if(True, pairs, half, row0, col0, sequence, batch, KEYS_FIRST)
+    if bools is not None:
+        live = live & bools
+    return gl.where(live, half, NOWHERE)
+
+
+@gluon.jit
 def weighted(x, weight):
-    """x times the mask tensor, 0 where that is, whatever x."""
+    """x times the mask tensor; 0 where either is, whatever the other."""
     if weight is None:
         return x
     elif weight.dtype == gl.int1:
         return gl.where(weight, x, 0.0)
     else:
-        return gl.where(weight != 0, x * weight.to(gl.float32), 0.0)
+        return gl.where((weight != 0) & (x != 0), x * weight.to(gl.float32), 0.0)

@@ -148,20 +148,20 @@ def producer(
 ):  # fmt: skip
     """An output tile has TILES resident tiles of ROWS. TWO: of da too, behind the barrier of a."""
     filled = 0  # b, c tiles so far
-    visited = 0  # output tiles so far that load anything
     number = 0  # output tiles so far
     tile = take_over(number, queue)
     while tile >= 0:
-        number += 1
         sequence, mask, row0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, TILES * ROWS, COLS, KEYS)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
-        if meets_any(row0, sequence, spans, lists):
-            for w in gl.static_range(TILES):
-                mbarrier.wait(a.empty.index(w), (visited & 1) ^ 1)
-                load_tile(a_desc, sequence, row0 + w * ROWS, a.full.index(w), a.tiles.index(w), True)
-                if TWO:
-                    load_tile(da_desc, sequence, row0 + w * ROWS, a.full.index(w), da.index(w), True)
-            visited += 1
+        any_tiles = meets_any(row0, sequence, spans, lists)
+        for w in gl.static_range(TILES):
+            full = a.full.index(w)
+            mbarrier.wait(a.empty.index(w), (number & 1) ^ 1)
+            load_tile(a_desc, sequence, row0 + w * ROWS, full, a.tiles.index(w), any_tiles)
+            if TWO:
+                load_tile(da_desc, sequence, row0 + w * ROWS, full, da.index(w), any_tiles)
+            mbarrier.arrive(full, count=2 if TWO else 1, pred=not any_tiles)
+        if any_tiles:
             tiles = num_tiles(spans)
             for t in range(0, tiles):
                 col0, _ = streamed_row(t, tiles, spans, lists, COLS, KEYS)
@@ -172,6 +172,7 @@ def producer(
                 wait_empty(c, filled, C_STAGES)
                 load_tile(c_desc, sequence, col0, c.full.index(slot), c.tiles.index(slot), True)
                 filled += 1
+        number += 1
         tile = take_over(number, queue)
 
 
@@ -192,6 +193,12 @@ def whole_tiles(row0, mask, pairs, FAMILY: gl.constexpr, KEYS: gl.constexpr):
     if pairs.bias.ptr is not None or pairs.mask.ptr is not None:
         high = gl.minimum(high, mask.length)  # what these hold beyond may be NaN
     return low, high
+
+
+@gluon.jit
+def at_border(col0, COLS: gl.constexpr, ones, whole):
+    """Whether a streamed tile has dead cells or, unless all are `ones`, others in the mask tensor."""
+    return (col0 < whole[0]) | (col0 + COLS > whole[1]) | (not ones)
 
 
 @gluon.jit

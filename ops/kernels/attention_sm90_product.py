@@ -8,9 +8,17 @@ Each program owns its output rows, so there are no atomics on results. P stays i
 second product. Tiles come as attention_sm90_pipeline says.
 """
 
-from hstu_compile.ops.kernels.attention_sm90_pairs import half_argument, lists_of, load_bias, load_weight, weighted
+from hstu_compile.ops.kernels.attention_sm90_pairs import (
+    half_argument,
+    lists_of,
+    load_bias,
+    load_weight_if,
+    masked,
+    weighted,
+)
 from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     ROWS,
+    at_border,
     loaded,
     meets_any,
     operand,
@@ -34,16 +42,22 @@ from hstu_compile.ops.kernels.silu import silu, silu_and_grad
 
 @gluon.jit
 def pointwise(
-    s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY: gl.constexpr, GRAD: gl.constexpr
-):
-    """silu(alpha * s + bias), or its derivative, times the mask tensor; 0 where the mask is dead."""
+    s, half_alpha, bias, row0, col0, border, sequence, batch, pairs, FAMILY: gl.constexpr, GRAD: gl.constexpr
+):  # fmt: skip
+    """silu(alpha * s + bias), or its derivative; of a tile at a border, times the mask tensor and 0 in dead cells."""
+    PLAIN: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
+    h = half_argument(s, half_alpha, bias)
+    if border & (not PLAIN):
+        h = masked(h, row0, col0, sequence, batch, pairs, FAMILY, False)
     if GRAD:
-        x = silu_and_grad(half_argument(s, half_alpha, bias), True)[1]
+        x = silu_and_grad(h, True)[1]
     else:
-        x = silu(half_argument(s, half_alpha, bias), True)
-    if (col0 < whole[0]) | (col0 + s.shape[1] > whole[1]) | (not ones):
-        x = weighted(x, load_weight(pairs, x, row0, col0, sequence, batch, False))
-        x = gl.where(live_tile(x, row0, col0, sequence.z, batch, FAMILY, False), x, 0.0)
+        x = silu(h, True)
+    if border:
+        if PLAIN:  # a mask before silu takes fewer registers, but 2 to 4 % of the time at head dims up to 128
+            x = gl.where(live_tile(x, row0, col0, sequence.z, batch, FAMILY, False), x, 0.0)
+        else:
+            x = weighted(x, load_weight_if(False, pairs, x, row0, col0, sequence, batch, False))
     return x
 
 
@@ -67,7 +81,8 @@ def silu_rounds(
     bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
     s = warpgroup_mma_wait(0, deps=(s,))
     release(b, done, B_STAGES)
-    x = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, False)
+    border = at_border(col0, COLS, ones, whole)
+    x = pointwise(s, half_alpha, bias, row0, col0, border, sequence, batch, pairs, FAMILY, False)
     # x goes from round to round in 32 bits: of 16 bits, ptxas would pack the registers again, one by one, between the
     # products.
     for t in range(first + 1, tiles):
@@ -80,7 +95,8 @@ def silu_rounds(
         next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
         s = warpgroup_mma_wait(1, deps=(s,))
         release(b, done + 1, B_STAGES)
-        x = pointwise(s, half_alpha, next_bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, False)
+        border = at_border(col0, COLS, ones, whole)
+        x = pointwise(s, half_alpha, next_bias, row0, col0, border, sequence, batch, pairs, FAMILY, False)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         release(c, done, C_STAGES)
         done += 1
@@ -106,6 +122,8 @@ def grad_rounds(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     # Whether dp is asked for before silu': with a bias or a mask tensor it would spill.
     EARLY: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
+    # Whether the mask waits for dp: while that is on its way, wide sums leave it no registers.
+    LATE: gl.constexpr = EARLY and acc.shape[1] > 128
     zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
     for t in range(first, tiles):
         col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
@@ -116,13 +134,17 @@ def grad_rounds(
             dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
         s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
-        g = pointwise(s, half_alpha, bias, row0, col0, ones, whole, sequence, batch, pairs, FAMILY, True)
+        border = at_border(col0, COLS, ones, whole)
+        g = pointwise(s, half_alpha, bias, row0, col0, border & (not LATE), sequence, batch, pairs, FAMILY, True)
         if not EARLY:
             c_tile = wait_full(c, done, C_STAGES)
             dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         release(c, done, C_STAGES)
-        ds = gl.convert_layout((g * dp).to(dtype), p_layout)
+        ds = g * dp
+        if border & LATE:
+            ds = gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
+        ds = gl.convert_layout(ds.to(dtype), p_layout)
         acc = warpgroup_mma(ds, b_tile, acc, is_async=True)
         acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
         release(b, done, B_STAGES)
@@ -141,37 +163,37 @@ def consumer(
     """Rows W * ROWS ... of each output tile."""
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     done = 0  # b, c tiles so far
-    visited = 0
-    number = 0
+    number = 0  # output tiles so far
     tile = take_over(number, queue)
     while tile >= 0:
-        number += 1
         sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, 2 * ROWS, COLS, False)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
         row0 = tile_row0 + W * ROWS
         acc = gl.zeros((ROWS, D), dtype=gl.float32, layout=o_layout)
+        first = 0
+        tiles = 0
         if meets_any(tile_row0, sequence, spans, lists):
-            mbarrier.wait(a.full.index(W), visited & 1)
-            visited += 1
             tiles = num_tiles(spans)
             first = own_tiles(row0, mask, tiles, spans, lists, FAMILY, COLS, False)
             done = skip(b, c, done, first, B_STAGES, C_STAGES)
-            if first < tiles:
-                whole = whole_tiles(row0, mask, pairs, FAMILY, False)
-                if GRAD:
-                    acc, done = grad_rounds(
-                        acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
-                        a, da, b, c, FAMILY, COLS, B_STAGES, C_STAGES, W,
-                    )  # fmt: skip
-                else:
-                    acc, done = silu_rounds(
-                        acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
-                        a, b, c, FAMILY, COLS, B_STAGES, C_STAGES, IN_REGISTERS, W,
-                    )  # fmt: skip
+        mbarrier.wait(a.full.index(W), number & 1)
+        if first < tiles:
+            whole = whole_tiles(row0, mask, pairs, FAMILY, False)
+            if GRAD:
+                acc, done = grad_rounds(
+                    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
+                    a, da, b, c, FAMILY, COLS, B_STAGES, C_STAGES, W,
+                )  # fmt: skip
             else:
-                mbarrier.arrive(a.empty.index(W), count=1)
+                acc, done = silu_rounds(
+                    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
+                    a, b, c, FAMILY, COLS, B_STAGES, C_STAGES, IN_REGISTERS, W,
+                )  # fmt: skip
+        else:
+            mbarrier.arrive(a.empty.index(W), count=1)
         if row0 < sequence.stored:
             store_rows(out, acc * factor, row0, sequence, DIM)
+        number += 1
         tile = take_over(number, queue)
 
 

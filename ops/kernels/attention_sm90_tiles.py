@@ -19,6 +19,7 @@ from hstu_compile.ops.kernels.mask_tiles import Mask
 from hstu_compile.ops.kernels.silu import silu_and_grad
 
 ROW_LIMIT = gl.constexpr(1 << 30)
+NOWHERE = gl.constexpr(-32.0)  # half of silu's argument where tanh is -1, so that silu and its derivative are 0
 
 # Arguments that change from call to call; never a reason to compile again.
 RUNTIME = [
