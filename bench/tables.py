@@ -138,6 +138,20 @@ def _pair(*values: float | None) -> str:
     return " / ".join("-" if value is None else format(value, ".0f") for value in values)
 
 
+def compile_time(rows: list[Row]) -> str:
+    """The first training step in a new process."""
+    found = {(row["implementation"], row["caches"]): row for row in rows}
+    states = ("empty", "full")
+    body = [
+        [name, *(_cell(found.get((name, state)), "seconds", ".1f") for state in states)]
+        for name in dict.fromkeys(row["implementation"] for row in rows)
+    ]
+    return (
+        f"First training step of {rows[0]['num_layers']} layers in a new process, seconds, by the state of the compile "
+        "caches:\n\n" + _markdown(["", *states], body)
+    )
+
+
 def compatibility(rows: list[Row]) -> str:
     """Public implementations: time and memory of a training step, and errors in units of eager's own."""
     times = [row for row in rows if row["kind"] == "time"]
@@ -174,6 +188,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "layer": layer,
     "attention": attention,
     "compatibility": compatibility,
+    "compile_time": compile_time,
 }
 
 
