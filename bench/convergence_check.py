@@ -17,13 +17,13 @@ class Comparison(NamedTuple):
     """Each has a value for each window of steps."""
 
     same_seed: Tensor  # eager, smoothed
-    compiled: Tensor  # smoothed
+    run: Tensor  # what is compared with it, smoothed
     spread: Tensor  # the greatest distance of two seeds' smoothed curves, within a window's reach
 
     @property
     def relative(self) -> Tensor:
-        """Distance of compiled from the same seed's eager curve; 1 is the spread of the seeds."""
-        return (self.compiled - self.same_seed).abs() / self.spread
+        """Distance of the run from the same seed's eager curve; 1 is the spread of the seeds."""
+        return (self.run - self.same_seed).abs() / self.spread
 
     @property
     def passes(self) -> bool:
@@ -39,10 +39,10 @@ def smoothed(curve: Sequence[float]) -> Tensor:
     return torch.tensor(curve, dtype=torch.float64).unfold(0, window(len(curve)), 1).mean(-1)
 
 
-def compare(eager: Sequence[Sequence[float]], compiled: Sequence[float]) -> Comparison:
-    """Losses of every step; eager: of several seeds, the first one that of compiled."""
+def compare(eager: Sequence[Sequence[float]], run: Sequence[float]) -> Comparison:
+    """Losses of every step; eager: of several seeds, the first one that of the run."""
     seeds = torch.stack([smoothed(curve) for curve in eager])
-    reach = window(len(compiled))
+    reach = window(len(run))
     pointwise = seeds.amax(0) - seeds.amin(0)
     spread = F.max_pool1d(pointwise[None], 2 * reach - 1, stride=1, padding=reach - 1)[0]
-    return Comparison(seeds[0], smoothed(compiled), spread)
+    return Comparison(seeds[0], smoothed(run), spread)

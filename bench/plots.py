@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bench import convergence as runs
 from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
-from bench.convergence_check import smoothed
+from bench.convergence_check import smoothed, window
 from bench.tables import ROOT, Row, layer_label, layer_steps, results
 
 if TYPE_CHECKING:
@@ -79,19 +79,20 @@ def layer(heading: str, rows: list[Row]) -> "Figure":
 
 
 def convergence(heading: str, rows: list[Row]) -> "Figure":
-    """Training loss of each run, smoothed; distance of compiled from the same seed's eager, in units of the spread."""
+    """Training loss of each run, smoothed; distance from the same seed's eager run, in units of the seeds' spread."""
     from matplotlib.figure import Figure
 
     found = runs.curves(rows)
-    result = runs.comparison(found)
-    steps = range(len(rows[0]["losses"]) - len(result.spread), len(rows[0]["losses"]))  # the last of each window
+    size = window(len(rows[0]["losses"]))
+    steps = range(size - 1, len(rows[0]["losses"]))  # the last of each window
     figure = Figure(figsize=(14, 5), layout="constrained")
     figure.suptitle(f"Training a model of {rows[0]['num_layers']} HSTU layers\n{heading}", fontsize="medium")
     losses, distance = figure.subplots(1, 2)
     for i, (name, curve) in enumerate(found.items()):
         losses.plot(steps, smoothed(curve), color=f"C{i}", linestyle="--" if "compiled" in name else "-", label=name)
-    losses.set_title(f"loss, mean of {steps.start + 1} steps")
-    distance.plot(steps, result.relative, label=str(runs.COMPILED))
+    losses.set_title(f"loss, mean of {size} steps")
+    for run, colour in ((runs.REFERENCE, "C0"), (runs.COMPILED, "C4")):
+        distance.plot(steps, runs.comparison(found, run).relative, color=colour, label=str(run))
     distance.axhline(1, color="k", linestyle=":", label="the most that passes")
     distance.set_title(f"distance from {runs.EAGER[0]}, in units of the seeds' spread")
     for axes in (losses, distance):

@@ -44,7 +44,8 @@ def test_trains_and_writes(inductor: Compiled, tmp_path: Path, monkeypatch: pyte
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    curves = {str(run): [4.0 - i / 40 + run.seed / 10 for i in range(40)] for run in RUNS}
+    off = {COMPILED: 0.1}
+    curves = {str(run): [4.0 - i / 40 + run.seed / 10 + off.get(run, 0) for i in range(40)] for run in RUNS}
     folder = tmp_path / "bench/results/nvidia-h200"
     folder.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
@@ -53,8 +54,9 @@ def test_plot(tmp_path: Path) -> None:
     drawn, distance = plots.convergence(*next(tables.results("convergence", tmp_path))).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in drawn.lines}
     assert lines.keys() == curves.keys()
-    assert lines[str(COMPILED)][0] == pytest.approx(4.0 - 0.5 / 40) and len(lines[str(COMPILED)]) == 39
-    assert not any(distance.lines[0].get_ydata())
+    assert lines[str(COMPILED)][0] == pytest.approx(4.1 - 0.5 / 40) and len(lines[str(COMPILED)]) == 39
+    distances = {line.get_label(): list(line.get_ydata()) for line in distance.lines}
+    assert distances[str(COMPILED)] == pytest.approx([0.5] * 39) and not any(distances[str(REFERENCE)])
     assert plots.draw("convergence", tmp_path).stat().st_size > 10_000
 
 
@@ -109,6 +111,6 @@ def test_padding_is_not_seen() -> None:
 
 
 def test_learns() -> None:
-    problem = TINY._replace(num_heads=1, learning_rate=1e-2)
-    found = losses(problem, 60, 0, torch.float32, torch.device("cpu"))
-    assert sum(found[-10:]) < 0.98 * sum(found[:10])
+    problem = TINY._replace(num_heads=1, learning_rate=3e-2)
+    found = losses(problem, 24, 0, torch.float32, torch.device("cpu"))
+    assert sum(found[-6:]) < 0.97 * sum(found[:6])
