@@ -11,8 +11,6 @@ not in its time.
 
 import argparse
 import contextlib
-import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from bench import layer_figures, memory
 from bench.layer_problem import Measured, Problem, Variant, measure, rows
 from bench.show import progress, table
+from bench.tables import write
 from hstu_compile.ops import kernel_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,12 +82,9 @@ def measured(
     return found
 
 
-def write_json(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """As pytest-benchmark writes them, for bench.tables and bench.plots."""
-    if path is not None:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-        benchmarks = [{"name": "bench.layer", "extra_info": row} for row in rows]
-        path.write_text(json.dumps({"datetime": now, "benchmarks": benchmarks}, indent=1) + "\n")
+def write_json(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if args.json is not None:
+        write(args.json, "bench.layer", rows)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     times = one.times._asdict().items()
     print(table(["", "ms", "host, ms"], [[name, f"{t.ms:.3f}", f"{t.host_ms:.3f}"] for name, t in times]))
     print(f"held after the forward: {one.held_mib:.1f} MiB, peak of a step: {one.step_peak_mib:.1f} MiB")
-    write_json(args.json, rows(problem, variant, one))
+    write_json(args, rows(problem, variant, one))
     return 0
 
 
@@ -125,7 +121,7 @@ def sweep(args: argparse.Namespace) -> int:
     print("Peak memory of the step, MiB")
     print(_beside_figures(found, lambda one: f"{one.step_peak_mib:.0f}", layer_figures.PEAK_MIB))
     print("Public figures and targets: batch 32, 4 heads of 256, bfloat16, dropout 0.2, one layer, full length.")
-    write_json(args.json, recorded)
+    write_json(args, recorded)
     return 0
 
 

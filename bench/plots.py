@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import convergence as runs
 from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
+from bench.convergence_check import smoothed, window
 from bench.tables import ROOT, Row, layer_label, layer_steps, results
 
 if TYPE_CHECKING:
@@ -76,7 +78,32 @@ def layer(heading: str, rows: list[Row]) -> "Figure":
     return figure
 
 
-PLOTS = {"attention": attention, "layer": layer}
+def convergence(heading: str, rows: list[Row]) -> "Figure":
+    """Training loss of each run, smoothed; distance from the same seed's eager run, in units of the seeds' spread."""
+    from matplotlib.figure import Figure
+
+    found = runs.curves(rows)
+    size = window(len(rows[0]["losses"]))
+    steps = range(size - 1, len(rows[0]["losses"]))  # the last of each window
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    figure.suptitle(f"Training a model of {rows[0]['num_layers']} HSTU layers\n{heading}", fontsize="medium")
+    losses, distance = figure.subplots(1, 2)
+    for i, (name, curve) in enumerate(found.items()):
+        losses.plot(steps, smoothed(curve), color=f"C{i}", linestyle="--" if "compiled" in name else "-", label=name)
+    losses.set_title(f"loss, mean of {size} steps")
+    for run, colour in ((runs.REFERENCE, "C0"), (runs.COMPILED, "C4")):
+        distance.plot(steps, runs.comparison(found, run).relative, color=colour, label=str(run))
+    distance.axhline(1, color="k", linestyle=":", label="the most that passes")
+    distance.set_title(f"distance from {runs.EAGER[0]}, in units of the seeds' spread")
+    for axes in (losses, distance):
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+PLOTS = {"attention": attention, "layer": layer, "convergence": convergence}
 
 
 def draw(name: str, root: Path = ROOT) -> Path:

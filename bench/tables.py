@@ -3,6 +3,7 @@
 A table stands between `<!-- bench.tables: NAME -->` and `<!-- end -->`; what is between the two is never typed.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,13 @@ def results(suite: str, root: Path = ROOT) -> Iterator[tuple[str, list[Row]]]:
         rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
         versions = ", ".join(sorted({f"torch {row['torch']}" for row in rows if "torch" in row}))
         yield f"{path.parent.name}; {versions or 'versions unknown'}; {run['datetime'][:10]}", rows
+
+
+def write(path: Path, name: str, rows: Sequence[Row]) -> None:
+    """A results file as pytest-benchmark writes them."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    benchmarks = [{"name": name, "extra_info": row} for row in rows]
+    path.write_text(json.dumps({"datetime": now, "benchmarks": benchmarks}, indent=1) + "\n")
 
 
 def layer(rows: list[Row]) -> str:

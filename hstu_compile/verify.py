@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hstu_compile.capture import placeholders
 from hstu_compile.ops import validation
@@ -31,7 +32,7 @@ DROPOUT_OFF = {
 
 
 def verified_once(original: fx.GraphModule, rewritten: fx.GraphModule, compiled: Callable) -> Callable:
-    """The compiled function, whose first call compares the two captured graphs (taken over, no longer the caller's).
+    """The compiled function; its first call with numbers compares the two graphs (taken over, no longer the caller's).
 
     That call raises RuntimeError with the figures if a value is out of budget.
     """
@@ -41,7 +42,8 @@ def verified_once(original: fx.GraphModule, rewritten: fx.GraphModule, compiled:
 
     def call(*args: Any) -> Any:
         nonlocal pending
-        if pending:
+        # Dynamo's DDPOptimizer calls each piece with fake tensors while it compiles; numbers come with the next call.
+        if pending and not any(isinstance(x, FakeTensor) for x in args):
             _compare(original, rewritten, args)
             pending = False
         return compiled(*args)
