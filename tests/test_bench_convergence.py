@@ -10,7 +10,7 @@ import torch
 
 from bench import convergence, plots, tables
 from bench.convergence import COMPILED, EAGER, REFERENCE, RUNS
-from bench.convergence_check import compare, smoothed, window
+from bench.convergence_check import compare, in_eager_errors, smoothed, window
 from bench.convergence_problem import LAG, NOISE, Problem, Ranker, losses, users
 from tests.without_codegen import Compiled, inductor_without_codegen
 
@@ -81,6 +81,20 @@ def test_check() -> None:
         [*same[:-1], math.nan],
     ):
         assert not compare(eager, off).passes
+
+
+def test_error_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    """What hides in the seeds' spread is seen beside what eager bfloat16 loses."""
+    assert in_eager_errors([1.0, 4.0], [1.0, 3.0], [2.0, 3.0]) == 2
+    assert math.isnan(in_eager_errors([1.0, math.nan], [1.0, 3.0], [2.0, 3.0]))
+    exact = curve(0)
+    found = {str(run): curve(run.seed) for run in RUNS} | {str(REFERENCE): exact}
+    found[str(EAGER[0])] = [x + 1e-3 * (-1) ** i for i, x in enumerate(exact)]
+    for factor, passes in ((1.9, True), (2.1, False)):
+        found[str(COMPILED)] = [x - factor * 1e-3 * (-1) ** i for i, x in enumerate(exact)]
+        assert convergence.comparison(found).passes
+        assert convergence.show(found) == passes
+    assert "at most 2   OFF" in capsys.readouterr().out
 
 
 def test_spread_is_pointwise_and_has_no_gaps() -> None:
