@@ -41,8 +41,7 @@ def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report, *, cho
     """
     hints, layers = symbol_hints(gm.graph), 0
     for part in parts(gm):
-        pieces = _pieces(part.graph, roles)
-        for (role, layer), nodes in pieces.items():
+        for (role, layer), nodes in _pieces(part.graph, roles).items():
             piece = _described(role, layers + layer, nodes, hints)
             for node in nodes:
                 if choose:
@@ -51,7 +50,7 @@ def recompute(gm: fx.GraphModule, roles: Collection[str], report: Report, *, cho
                     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             if not choose:
                 report.recomputed.append(piece)
-        layers += len({layer for _, layer in pieces})
+        layers += len({node.meta[LAYER] for node in part.graph.nodes if LAYER in node.meta})
         for node in part.graph.nodes:
             if node.meta.get(ROLE) == SAVED:
                 node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)

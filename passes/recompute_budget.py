@@ -1,8 +1,8 @@
 """Recompute under a memory budget: what the backward computes again of each layer, so that the rest fits.
 
-AOTAutograd's partitioner decides what is held; here it is only asked, as often as needed, with other tags: first
-without any, then with those of the candidates that take the least time for each byte they free, in ever smaller
-steps. What is counted is what a partition holds, not an estimate.
+AOTAutograd's partitioner decides what is held; here it is only asked, as often as needed: with the tags of the first n
+candidates, in the order of their time for each byte they free, for the least n that fits. What is counted is what a
+partition holds, not an estimate. docs/recompute.md says why torch's own memory budget does not serve.
 """
 
 import bisect

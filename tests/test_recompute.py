@@ -185,7 +185,7 @@ def test_caches_on_disk_know_what_is_recomputed(monkeypatch: pytest.MonkeyPatch,
             run(*layer.arguments).sum().backward()
         return sum(t.numel() for t in tensors), counters["aot_autograd"]["autograd_cache_hit"]
 
-    budget = {"recompute_budget": 0.5}
+    budget = {"recompute_budget": 0.8}
     (plain, plain_hits), (less, hits), (half, half_hits) = saved({}), saved(UVQK), saved(budget)
     assert plain - less >= layer.arguments[0].shape[:-1].numel() * layer.projection
     assert less < half < plain

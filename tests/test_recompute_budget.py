@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -17,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 import hstu_compile
 from bench.native_layer import HSTUStack
-from hstu_compile.compiler import rewrite
+from hstu_compile.ops import hstu_attention
 from hstu_compile.options import Options
-from hstu_compile.passes.recompute import cached_apart
+from hstu_compile.passes import uvqk
+from hstu_compile.passes.recompute import FLOPS_PER_BYTE, ROLES, cached_apart, candidate, recompute
 from hstu_compile.passes.recompute_budget import WithinBudget
-from hstu_compile.passes.report import Recomputed
+from hstu_compile.passes.report import Recomputed, Report
 from tests.models import MODELS
+from tests.tracing import traced
 from tests.without_codegen import Compiled, inductor_without_codegen
 
 LAYERS = 2
@@ -164,31 +167,28 @@ def test_sizes_are_those_of_the_compilation(inductor: Compiled) -> None:
         return found
 
     short, long = held(None, (3, 9))
-    assert held(short, (3, 9)) == [short, long]
     less_long, less_short = held(long - 1, (9, 3))
     assert less_long < long and less_short < short
+
+
+def jagged_layer(weight: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    u, v, q, k = F.silu(F.layer_norm(x, x.shape[1:]) @ weight).view(-1, 4, H, weight.size(1) // (4 * H)).unbind(1)
+    return u * hstu_attention(q, k, v, seq_offsets=offsets, max_seq_len=10, alpha=1.0, scaling_seq_len=10.0)
 
 
 def test_cache_keys_know_budget_and_sizes() -> None:
     """Of a symbolic size torch's keys hold the name alone, and of a partitioner what it says and how it is pickled."""
 
-    def tag(seq_len: int, **options: Any) -> str:
-        tags = []
+    def tag(tokens: int, roles: tuple[str, ...] = ROLES, *, choose: bool = False, known: bool = True) -> str:
+        gm = traced(jagged_layer, [torch.randn(tokens, E), LENGTHS], fixed=[torch.randn(E, 4 * H * D)])
+        assert not known or uvqk.run(gm, Report()) == 1
+        recompute(gm, roles, Report(), choose=choose)
+        with cached_apart(gm):
+            return torch.compiler.config.cache_key_tag
 
-        def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable:
-            captured, _, _ = rewrite(gm, Options(**options))
-            assert captured is not None
-            with cached_apart(captured):
-                tags.append(torch.compiler.config.cache_key_tag)
-            return gm.forward
-
-        torch._dynamo.reset()
-        torch.compile(HSTUStack(1, E, H, D, 0.0), backend=backend, dynamic=True)(*padded(seq_len))
-        return tags[-1]
-
-    plain, short, long = tag(10), tag(10, recompute_budget=99), tag(12, recompute_budget=99)
-    assert len({plain, short, long, tag(10, recompute_budget=99, disable="uvqk")}) == 4
-    assert tag(12) == plain and tag(10, recompute_budget=99) == short
+    fixed, short = tag(10), tag(10, choose=True)
+    assert len({fixed, tag(10, ()), short, tag(12, choose=True), tag(10, choose=True, known=False)}) == 5
+    assert tag(12) == fixed and tag(10, choose=True) == short
 
     class Own(CustomPartitionerFn):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +202,20 @@ def test_cache_keys_know_budget_and_sizes() -> None:
     assert one.uuid() == same.uuid() != other.uuid() is not None
     assert pickle.dumps(one) == pickle.dumps(same) != pickle.dumps(other)
     assert WithinBudget(0.5, Own()).uuid() is None  # not cached
+
+
+@pytest.mark.parametrize("width, out, is_cheap", [(64, 64, True), (2048, 2048, False)])
+def test_the_time_of_a_product_is_of_its_flops(width: int, out: int, is_cheap: bool) -> None:
+    """Of a narrow one it is that of its operands on their way from memory."""
+    T = 10_000
+    gm = traced(jagged_layer, [torch.randn(T, width), LENGTHS], fixed=[torch.randn(width, out)])
+    uvqk.run(gm, Report())
+    recompute(gm, ROLES, Report(), choose=True)
+    norm, projection, silu = ({c.role: c for n in gm.graph.nodes if (c := candidate(n))}[role] for role in ROLES)
+    assert norm.cost == 2 * norm.frees == 2 * T * width * 4
+    assert silu.cost == 2 * silu.frees == 2 * projection.frees == 2 * T * out * 4
+    moved = (T * width + width * out + T * out) * 4
+    assert projection.cost == (moved if is_cheap else 2 * T * width * out / FLOPS_PER_BYTE)
 
 
 def test_own_partitioner_is_asked(inductor: Compiled) -> None:
@@ -241,6 +255,8 @@ def test_a_checkpointed_layer_frees_nothing() -> None:
         explanation = hstu_compile.explain(HalfCheckpointed(), *padded(), hstu_compile_options={"recompute_budget": 2})
     (report,) = explanation.reports
     assert [r.role for r in report.recomputed] == list(FREED) and len({r.layer for r in report.recomputed}) == 1
+    both = hstu_compile.explain(HalfCheckpointed(), *padded(), hstu_compile_options={"recompute_input_silu": True})
+    assert [r.layer for r in both.reports[0].recomputed] == [0, 1]
 
 
 @pytest.mark.parametrize(
