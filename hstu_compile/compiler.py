@@ -15,6 +15,7 @@ from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
 from hstu_compile.passes import apply
 from hstu_compile.passes.recompute import ROLES, SaveResults, cached_apart, recompute
+from hstu_compile.passes.recompute_budget import WithinBudget
 from hstu_compile.passes.report import Region, Report, source_line
 from hstu_compile.verify import verified_once
 
@@ -41,7 +42,6 @@ def backend(
         ValueError: an unknown option.
         RuntimeError: what `strict`, `expect` and `verify` ask for.
     """
-    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
     given = {**(options or {}), **{name: value for name, value in kwargs.items() if name in KNOWN}}
@@ -49,18 +49,47 @@ def backend(
     inductor.update(kwargs.get("config_patches") or {})  # what Dynamo's own debug override passes
     captured, original, report = rewrite(gm, chosen)
     _judge(gm, report, chosen)
-    verified: Callable[[Callable], Callable] | None = None
-    if captured is not None:
-        if original is not None:  # from the graft on, the captured graph belongs to Inductor
-            verified = functools.partial(verified_once, original, copy.deepcopy(captured))
-        graft(captured, gm)
-        own = inductor.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-        inductor["joint_custom_pre_pass"] = SaveResults(own)
-    with cached_apart(_recomputed_roles(chosen)):
+    if captured is None:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
-    if verified:
-        compiled = verified(compiled)
+    else:
+        # From the graft on, the captured graph belongs to Inductor.
+        verified = original and functools.partial(verified_once, original, copy.deepcopy(captured))
+        compiled = hand_over(captured, gm, example_inputs, chosen, inductor, report)
+        compiled = verified(compiled) if verified else compiled
     return validation.values_checked()(compiled) if chosen.debug_checks else compiled
+
+
+def hand_over(
+    captured: fx.GraphModule,
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    inductor: Mapping[str, Any],
+    report: Report,
+    **how: Any,
+) -> Callable[..., Any]:
+    """Inductor's compile_fx of the rewritten graph, in the place of Dynamo's; reports what a budget recomputes.
+
+    **how: more arguments of compile_fx.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def own(name: str) -> Any:
+        return inductor.get(name, getattr(config, name))
+
+    hooks: dict[str, Any] = {"joint_custom_pre_pass": SaveResults(own("joint_custom_pre_pass"))}
+    partitioner = None
+    if options.recompute_budget is not None:
+        partitioner = WithinBudget(options.recompute_budget, own("custom_partitioner_fn"))
+        hooks["custom_partitioner_fn"] = partitioner
+    graft(captured, gm)
+    with cached_apart(captured):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches={**inductor, **hooks}, **how)
+    if partitioner is not None:
+        report.recomputed += partitioner.chosen
+        log.info("%s", "\n".join(map(str, partitioner.chosen)))
+    return compiled
 
 
 def _reset() -> None:
@@ -88,7 +117,8 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | Non
         captured = capture(gm)
         original = copy.deepcopy(captured) if options.verify else None
         found = apply(captured, report, options.passes)
-        recompute(captured, _recomputed_roles(options), report)
+        budgeted = options.recompute_budget is not None
+        recompute(captured, ROLES if budgeted else _recomputed_roles(options), report, choose=budgeted)
         return (captured if found else None), original, report
     except NotCaptured as error:
         reason = str(error)

@@ -20,6 +20,7 @@ class Options:
     recompute_input_layernorm: bool = False  # in the backward, instead of saving its output
     recompute_input_silu: bool = False
     recompute_uvqk: bool = False  # norm, projection and silu: the whole way from x to u, v, q, k
+    recompute_budget: float | None = None  # choose among these: bytes (above 1), or the share (up to 1) of what is held
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -30,12 +31,27 @@ class Options:
             raise ValueError(f"hstu_compile: option expect is {self.expect!r}, expected a number of regions")
         if self.verify not in (None, "first"):
             raise ValueError(f'hstu_compile: option verify is {self.verify!r}, expected "first"')
+        self._check_budget()
         for name in ("enable", "disable"):
             chosen = getattr(self, name)
             chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
             if unknown := sorted(set(chosen) - set(NAMES)):
                 raise ValueError(f"hstu_compile: option {name} names {unknown}, expected passes among {list(NAMES)}")
             object.__setattr__(self, name, chosen)
+
+    def _check_budget(self) -> None:
+        budget = self.recompute_budget
+        if budget is None:
+            return
+        number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+        if not number or not (0 < budget <= 1 or (isinstance(budget, int) and budget > 1)):
+            expected = "expected a share in (0, 1], or a number of bytes as an int above 1"
+            raise ValueError(f"hstu_compile: option recompute_budget is {budget!r}, {expected}")
+        fixed = ("recompute_input_layernorm", "recompute_input_silu", "recompute_uvqk")
+        if given := [name for name in fixed if getattr(self, name)]:
+            raise ValueError(
+                f"hstu_compile: option recompute_budget chooses what is recomputed, expected it without {given}"
+            )
 
     @property
     def passes(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """What every pass needs of an FX graph: constants, gradients, new nodes with metadata, removal of dead ones."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -223,6 +224,18 @@ def writes_to(node: fx.Node, operand: fx.Node) -> bool:
 
 def share_storage(a: fx.Node, b: fx.Node) -> bool:
     return value(a).untyped_storage()._cdata == value(b).untyped_storage()._cdata
+
+
+def storages(nodes: Iterable[fx.Node]) -> dict[int, Size]:
+    """The memory behind these nodes that are tensors, each piece once: its bytes."""
+    found = (value(node).untyped_storage() for node in nodes if is_tensor(node))
+    return {storage._cdata: storage.nbytes() for storage in found}
+
+
+def total(sizes: Iterable[Size], hints: Mapping[sympy.Symbol, int]) -> int:
+    """The sum of sizes, at these values of their symbols; as torch's partitioner does, a size without one is 4096."""
+    exact = (size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes)
+    return sum(int(e.xreplace({s: sympy.Integer(hints.get(s, 4096)) for s in e.free_symbols})) for e in exact)
 
 
 def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:

@@ -32,12 +32,27 @@ class Region:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Recomputed:
+    """What the backward computes again of a layer; of the candidates for that, what it could."""
+
+    role: str  # "input_layernorm", "uvqk_projection" or "input_silu"
+    layer: int
+    source: str
+    frees: int  # bytes that are not held for the backward, at the sizes of this compilation
+    cost: float  # its time, as the bytes that the device's memory moves in it
+
+    def __str__(self) -> str:
+        what = f"{self.role} of layer {self.layer}: {self.frees:,} bytes less held"
+        return f"recomputed in the backward  {what}\n    at {self.source}"
+
+
 @dataclass
 class Report:
     """All decisions for one captured graph."""
 
     regions: list[Region] = field(default_factory=list)
-    recomputed: list[str] = field(default_factory=list)  # what the backward computes again, and where it stands
+    recomputed: list[Recomputed] = field(default_factory=list)
 
     def add(self, region: Region) -> None:
         self.regions.append(region)
@@ -56,8 +71,10 @@ class Report:
         return [r for r in self.regions if r.verdict == verdict and pass_name in (None, r.pass_name)]
 
     def __str__(self) -> str:
-        lines = [*map(str, self.regions), *(f"recomputed in the backward  {what}" for what in self.recomputed)]
-        return "\n".join(lines) or "nothing in this graph looked like a part of an HSTU layer"
+        return (
+            "\n".join(map(str, [*self.regions, *self.recomputed]))
+            or "nothing in this graph looked like a part of an HSTU layer"
+        )
 
 
 def source_line(node: fx.Node) -> str:

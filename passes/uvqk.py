@@ -1,7 +1,7 @@
 """The first half of the layer: norm -> projection -> silu -> split into u, v, q, k, known by where the slices flow.
 
 Nothing is rewritten: cuBLAS runs the projection at the chip's rate, and Inductor fuses the norm and the silu. The nodes
-get `meta["hstu_compile_role"]`, by which `passes/recompute.py` finds them.
+get `meta["hstu_compile_role"]` and the number of their layer, by which `passes/recompute.py` finds them.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from hstu_compile.passes.report import Region, Report, source_line
 
 NAME = "uvqk"
 ROLE = "hstu_compile_role"
+LAYER = "hstu_compile_layer"  # a number
 
 # A projection and where its input stands among its arguments.
 PROJECTIONS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
@@ -67,7 +68,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
             missing = ", ".join(sorted({"q", "k", "v"} - roles))
             report.add(Region(NAME, words, where, reason=f"found no use as {missing} of an HSTU attention"))
             continue
-        _tag(norm, flows)
+        _tag(norm, flows, layer=found)
         report.add(Region(NAME, words, where, kernel="cuBLAS and Inductor", rewritten=False))
         found += 1
     return found
@@ -118,7 +119,7 @@ def _moves(user: fx.Node, node: fx.Node) -> bool:
     jagged = getattr(user.target, "namespace", None) == "fbgemm" or is_call(node, *_fbgemm_lists(node))
     if is_call(user, aten.mul.Tensor, aten.div.Tensor):  # a scale: one number, or one a row
         others = [n for n in user.all_input_nodes if n is not node]
-        return all(not shape(n) or same(shape(n)[-1], 1) for n in others)
+        return all(not is_tensor(n) or not shape(n) or same(shape(n)[-1], 1) for n in others)
     return (is_call(user, *MOVES, *SPLITS) or is_cast(user) or jagged) and user.all_input_nodes[0] is node
 
 
@@ -170,13 +171,13 @@ def _around(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> s
     return seen
 
 
-def _tag(norm: Norm | None, flows: dict[fx.Node, Flow]) -> None:
-    for node in norm.interior if norm is not None else ():
-        node.meta[ROLE] = "input_layernorm"
+def _tag(norm: Norm | None, flows: dict[fx.Node, Flow], layer: int) -> None:
+    roles = {node: "input_layernorm" for node in (norm.interior if norm is not None else ())}
     for projection, flow in flows.items():
-        projection.meta[ROLE] = "uvqk_projection"
-        for silu in flow.silu:
-            silu.meta[ROLE] = "input_silu"
+        roles[projection] = "uvqk_projection"
+        roles |= {silu: "input_silu" for silu in flow.silu}
+    for node, role in roles.items():
+        node.meta |= {ROLE: role, LAYER: layer}
 
 
 def _in_words(norm: Norm | None, flows: dict[fx.Node, Flow], order: dict[fx.Node, int]) -> str:

@@ -376,7 +376,7 @@ def test_recompute_reaches_the_partitioner(
             for target, role in roles.items():
                 node = gm.graph.find_nodes(op="call_function", target=target)[0]
                 assert "recompute" not in node.meta
-                node.meta["hstu_compile_role"] = role
+                node.meta |= {"hstu_compile_role": role, "hstu_compile_layer": 0}
             return fused
 
     install(monkeypatch, Roles())

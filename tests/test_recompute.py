@@ -176,7 +176,7 @@ def test_caches_on_disk_know_what_is_recomputed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     layer = LAYERS["native"]
 
-    def saved(options: dict[str, bool]) -> tuple[int, int]:
+    def saved(options: dict[str, Any]) -> tuple[int, int]:
         torch._dynamo.reset()
         counters.clear()
         tensors: list[Tensor] = []
@@ -185,10 +185,12 @@ def test_caches_on_disk_know_what_is_recomputed(monkeypatch: pytest.MonkeyPatch,
             run(*layer.arguments).sum().backward()
         return sum(t.numel() for t in tensors), counters["aot_autograd"]["autograd_cache_hit"]
 
-    (plain, plain_hits), (less, hits) = saved({}), saved(UVQK)
+    budget = {"recompute_budget": 0.8}
+    (plain, plain_hits), (less, hits), (half, half_hits) = saved({}), saved(UVQK), saved(budget)
     assert plain - less >= layer.arguments[0].shape[:-1].numel() * layer.projection
-    assert plain_hits == hits == 0
-    assert saved({}) == (plain, 1) and saved(UVQK) == (less, 1)
+    assert less < half < plain
+    assert plain_hits == hits == half_hits == 0
+    assert saved({}) == (plain, 1) and saved(UVQK) == (less, 1) and saved(budget) == (half, 1)
 
 
 @pytest.mark.cuda

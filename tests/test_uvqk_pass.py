@@ -117,6 +117,16 @@ def test_two_layers():
     assert uvqk.run(gm, Report()) == 2
 
 
+def test_a_scale_that_is_a_symbolic_number():
+    def model(x, weight, bias):
+        scale = x.size(0) ** -0.5
+        return meta(x, weight, bias, lambda q, k, v: attend(q * scale, k, v))
+
+    gm = graph_of(model)
+    assert any(isinstance(node.meta.get("val"), torch.SymFloat) for node in gm.graph.nodes)
+    assert uvqk.run(gm, Report()) == 1
+
+
 def test_near_miss_softmax():
     gm, report = graph_of(lambda x, w, b: meta(x, w, b, attend_with_softmax)), Report()
     assert uvqk.run(gm, report) == 0

@@ -1,5 +1,6 @@
 """hstu_compile.explain: what of a model is fused, what is not and why, without compiling any kernel."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hstu_compile.compiler import rewrite
+from hstu_compile.compiler import hand_over, rewrite
 from hstu_compile.options import split
 from hstu_compile.passes.report import Report
 
@@ -43,21 +44,30 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
         first thing that did not fit, the model's own line, the kernel that will run and why not a faster one, and what
         the backward computes again.
     """
-    options, _ = split(None, kwargs.pop("hstu_compile_options", {}))
+    options, inductor = split(None, kwargs.pop("hstu_compile_options", {}))
     explanation = Explanation()
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        explanation.reports.append(rewrite(gm, options)[-1])
+        captured, _, report = rewrite(gm, options)
+        explanation.reports.append(report)
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
             explanation.graph_breaks.append(_describe(reason))
-        return gm.forward
+        eager = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        if captured is not None and options.recompute_budget is not None:  # what it chooses, the partitioner knows
+            with torch._functorch.config.patch(enable_autograd_cache=False):
+                hand_over(captured, gm, example_inputs, options, inductor, report, inner_compile=_not_compiled)
+        return eager.forward
 
     function = getattr(model, "_orig_mod", model)  # of a model that is compiled already
     limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
     with torch._dynamo.config.patch(limits), torch.random.fork_rng(_cuda_devices()):
         torch.compile(function, backend=record)(*args, **kwargs)
     return explanation
+
+
+def _not_compiled(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable:
+    return gm.forward
 
 
 def _describe(reason: Any) -> str:
