@@ -106,7 +106,7 @@ def norm_gate_dropout_reference(
     dtype = compute_dtype(a, u)
     T, width = a.shape[0], a.shape[1:].numel()
     grouped = (T, num_groups, width // num_groups)
-    x, g = a.reshape(grouped).to(dtype), u.reshape(grouped).to(dtype)
+    x, g = (t.reshape(T, width).view(grouped).to(dtype) for t in (a, u))  # pieces can be viewed as rows again
     norm = _affine(_normalised(x, norm_eps, rms)[0], weight, bias)
     pieces = [(concat_u, g), (concat_x, x), (concat_norm, norm), (True, norm * _activated(g, activation))]
     kept = [

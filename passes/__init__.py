@@ -10,6 +10,8 @@ from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
+from hstu_compile.passes.activation import as_silu
+from hstu_compile.passes.joined_parts import as_layout
 from hstu_compile.passes.report import Report
 
 NAMES = ("attention", "uvqk", "output", "packed_gradient", "table_lookup")
@@ -23,6 +25,8 @@ def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> i
     modules = [importlib.import_module(f"hstu_compile.passes.{name}") for name in NAMES if name in set(names)]
     fused = 0
     for part in parts(gm):
+        as_layout(part.graph)
+        as_silu(part.graph)
         fused += sum(module.run(part, report) for module in modules)
         part.graph.lint()
         part.recompile()

@@ -2,7 +2,18 @@
 
 from torch import fx
 
-from hstu_compile.passes.graph import aten, is_call, look_through
+from hstu_compile.passes.graph import aten, erase_dead, insert_call, is_call, look_through, value
+
+
+def as_silu(graph: fx.Graph) -> None:
+    """Rewrite x * sigmoid(x) as the one call silu(x), in place: one rounding instead of two, and one tensor less."""
+    for gate in graph.find_nodes(op="call_function", target=aten.sigmoid.default):
+        x = gate.all_input_nodes[0]
+        for node in list(gate.users):
+            silu = is_call(node, aten.mul.Tensor, aten.multiply.Tensor) and set(node.args) == {x, gate}
+            if silu and value(x).dtype == value(node).dtype:
+                node.replace_all_uses_with(insert_call(graph, node, aten.silu.default, (x,), like=node))
+                erase_dead([node])
 
 
 def as_activation(node: fx.Node) -> tuple[str, fx.Node] | None:

@@ -30,6 +30,7 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.products import Product, as_product
+from hstu_compile.passes.zero_one import is_zero_or_one
 
 LONGEST_CHAIN = 64
 
@@ -216,7 +217,7 @@ def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None
         term = Term(other, aligned(other, dims) if is_tensor(other) else (), role, dims)
         if not before_silu:
             scores.weights.append(term)
-        elif role == "multiplies" and is_tensor(other) and value(other).dtype == torch.bool and not scores.biases:
+        elif role == "multiplies" and is_tensor(other) and is_zero_or_one(other) and not scores.biases:
             scores.masks.append(Term(other, term.dims, "keeps", dims))  # silu(0) = 0
         else:
             scores.factors.append(term)

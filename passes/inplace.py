@@ -1,16 +1,17 @@
 """In-place writes to fresh intermediates become their out-of-place twins, so that passes see values, not storage.
 
 Tracing threads in-place calls (later reads of the written tensor use the node of the call), hence the twin gives the
-same numbers exactly when nothing else reads the old storage afterwards. Where that is not so, the call stays, and a
-recogniser that meets it declines.
+same numbers exactly when nothing else reads the old storage afterwards, and a copy, which passes look through, gives
+them the same strides. Where that is not so, the call stays, and a recogniser that meets it declines.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import fx
 
-from hstu_compile.passes.graph import value
+from hstu_compile.passes.graph import Size, aten, insert_call, same, value
 
 
 def make_out_of_place(gm: fx.GraphModule) -> int:
@@ -26,21 +27,53 @@ def make_out_of_place(gm: fx.GraphModule) -> int:
         aliases = [n for n in nodes[: order[node]] if storages[n] & storages[node]]
         later_reader = any(order[user] > order[node] for n in aliases for user in n.users)
         if not later_reader and all(map(_is_ordinary, aliases)):
-            rewritten += _replace(node, twin)
+            rewritten += _replace(node, twin, order)
     return rewritten
 
 
-def _replace(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
+def _replace(node: fx.Node, twin: torch._ops.OpOverload, order: dict[fx.Node, int]) -> bool:
     args: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     written = args[0]
     with written.fake_mode, torch.no_grad():
         new = twin(*args, **kwargs)
-    if (new.dtype, new.shape, new.stride()) != (written.dtype, written.shape, written.stride()):
+    if (new.dtype, new.shape) != (written.dtype, written.shape):
+        return False
+    moved = new.stride() != written.stride()
+    dims = _order_in_memory(written) if moved else None
+    if moved and dims is None:
         return False
     node.target = twin
     node.meta["val"] = new
+    if dims is not None:
+        order.update(dict.fromkeys(_arrange_in_memory(node, dims), order[node]))
     return True
+
+
+def _order_in_memory(tensor: torch.Tensor) -> list[int] | None:
+    """The dimensions from the outermost to the innermost; None if the tensor has gaps or overlaps."""
+    for order in itertools.permutations(range(tensor.dim())):
+        stride: Size = 1
+        for dim in reversed(order):
+            if not (same(tensor.stride(dim), stride) or same(tensor.shape[dim], 1)):
+                break
+            stride = stride * tensor.shape[dim]
+        else:
+            return list(order)
+    return None
+
+
+def _arrange_in_memory(node: fx.Node, dims: list[int]) -> list[fx.Node]:
+    """Copy the call's result so that its dimensions lie in this order, for all its users; returns the new calls."""
+    users, before, graph = list(node.users), node.next, node.graph
+    moved = insert_call(graph, before, aten.permute.default, (node, dims), like=node)
+    kwargs = {"memory_format": torch.contiguous_format}
+    copied = insert_call(graph, before, aten.clone.default, (moved,), kwargs, like=node)
+    back = [dims.index(dim) for dim in range(len(dims))]
+    result = insert_call(graph, before, aten.permute.default, (copied, back), like=node)
+    for user in users:
+        user.replace_input_with(node, result)
+    return [moved, copied, result]
 
 
 def _twin(node: fx.Node) -> torch._ops.OpOverload | None:

@@ -57,6 +57,10 @@ class Expression:
         sizes = [_expression(size) for size in value.shape if _expression(size) != 1]
         return (sizes or [sympy.Integer(1)]) == [self._batch + extra]
 
+    def _cuts_offsets(self, node: fx.Node) -> bool:
+        """Whether a node is the begins or the ends of the sequences: their difference is the count."""
+        return op_name(node) in ("slice", "narrow") and self.is_count(node.all_input_nodes[0], 1)
+
     def cuts(self, leaf: fx.Node) -> list[fx.Node]:
         """The places where a count can be read: the last one before it meets anything else, then down to the leaf."""
         places, node = [leaf], leaf
@@ -117,7 +121,7 @@ class Expression:
                 return {node: False} | {n: leaf for o in operands(node) for n, leaf in self._visit(o, seen).items()}
             except NotUnderstood as error:
                 reason = error
-        if self.is_count(node) or self.is_count(node, self._extra):
+        if (self.is_count(node) or self.is_count(node, self._extra)) and not self._cuts_offsets(node):
             return {node: True}
         raise reason
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hstu_compile.passes.axes import RESHAPES
 from hstu_compile.passes.graph import (
     argument,
     aten,
@@ -19,14 +20,6 @@ from hstu_compile.passes.graph import (
     shape,
     value,
 )
-
-RESHAPES = {  # the same elements in the same order
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import fx
 
 from hstu_compile.ops.norm_gate_dropout import PARAMETERS, runs_on
 from hstu_compile.passes.activation import as_activation
+from hstu_compile.passes.axes import RESHAPES
 from hstu_compile.passes.graph import (
     argument,
     aten,
@@ -29,8 +30,9 @@ from hstu_compile.passes.graph import (
     value,
     writes_to,
 )
-from hstu_compile.passes.norm import RESHAPES, Norm, as_norm
+from hstu_compile.passes.norm import Norm, as_norm
 from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.zero_one import is_zero_or_one
 
 NAME = "output"
 
@@ -91,6 +93,8 @@ def _find(product: fx.Node) -> Gate | None:
             continue
         if all(same(n, 1) for n in shape(other)[:-1]) and same(shape(other)[-1], shape(product)[-1]):
             continue  # the norm's own weight
+        if same(shape(other)[-1], 1) and is_zero_or_one(other):
+            continue  # clears padded rows
         if not (same_shape(shape(other), shape(product)) and same_shape(shape(normed), shape(product))):
             raise Misfit(f"the gate has shape {_sizes(other)}, the normalised value {_sizes(normed)}")
         x = _path(norm.x)[1]

@@ -10,8 +10,21 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from hstu_compile.passes.activation import as_activation
-from hstu_compile.passes.graph import COPIES, SIZE_OF, aten, is_call, is_cast, is_tensor, same, shape, value
-from hstu_compile.passes.norm import RESHAPES, Norm, as_norm
+from hstu_compile.passes.axes import PERMUTES, RESHAPES
+from hstu_compile.passes.graph import (
+    COPIES,
+    SIZE_OF,
+    aten,
+    is_call,
+    is_cast,
+    is_parameter,
+    is_tensor,
+    same,
+    same_shape,
+    shape,
+    value,
+)
+from hstu_compile.passes.norm import Norm, as_norm
 from hstu_compile.passes.report import Region, Report, source_line
 
 NAME = "uvqk"
@@ -23,22 +36,8 @@ PROJECTIONS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0
 PRODUCTS = {aten.einsum.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default}
 SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, aten.chunk.default, aten.unbind.int}
 SLICES = {aten.slice.Tensor, aten.narrow.default, aten.select.int}
-MOVES = {  # the same numbers elsewhere
-    *RESHAPES,
-    *COPIES,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.t.default,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.movedim.int,
-    aten.swapaxes.default,
-    aten.swapdims.default,
-    aten.index.Tensor,
-    aten.index_select.default,
-}
+MOVES = {*PERMUTES, *RESHAPES, *COPIES, aten.index.Tensor, aten.index_select.default}  # the same numbers elsewhere
+FILLS = {aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self}  # zeros in padded rows
 
 
 @dataclass
@@ -115,11 +114,15 @@ def _follow(projection: fx.Node) -> Flow:
 
 
 def _moves(user: fx.Node, node: fx.Node) -> bool:
-    """Whether the call only moves, casts or scales the numbers of `node`, its main input."""
+    """Whether the call only moves, casts, scales or pads the numbers of `node`, its main input, or adds a bias."""
     jagged = getattr(user.target, "namespace", None) == "fbgemm" or is_call(node, *_fbgemm_lists(node))
     if is_call(user, aten.mul.Tensor, aten.div.Tensor):  # a scale: one number, or one a row
         others = [n for n in user.all_input_nodes if n is not node]
         return all(not is_tensor(n) or not shape(n) or same(shape(n)[-1], 1) for n in others)
+    if is_call(user, aten.add.Tensor):
+        return is_call(node, *PROJECTIONS) and all(is_parameter(n) for n in user.all_input_nodes if n is not node)
+    if is_call(user, *FILLS):
+        return same_shape(shape(user), shape(node))
     return (is_call(user, *MOVES, *SPLITS) or is_cast(user) or jagged) and user.all_input_nodes[0] is node
 
 

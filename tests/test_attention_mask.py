@@ -113,6 +113,19 @@ def test_grouped_targets(mode, causal, window, group):
     assert not window or not meaning.targets_share_position
 
 
+def test_lengths_of_a_dense_region_follow_from_offsets():
+    """Jagged code with index arithmetic of its own: neither begins nor ends of the sequences are counts."""
+
+    def mask(offsets):
+        place = torch.arange(12)
+        real = place < (offsets[1:] - offsets[:-1])[:, None]
+        return (place[:, None] >= place) & real[:, None] & real[:, :, None]
+
+    meaning = read(mask, OFFSETS, mode="fake", batch=4)
+    assert isinstance(meaning, MaskMeaning), meaning
+    assert meaning.causal and input_name(meaning.seq_lengths) == "sub"
+
+
 def i(n):
     return torch.arange(n).view(-1, 1)
 

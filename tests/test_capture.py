@@ -297,6 +297,11 @@ def layout_would_change(x: Tensor, m: Tensor) -> Tensor:
     return (x + 1)[:, ::2].mul_(2)
 
 
+def write_transposed(x: Tensor, m: Tensor) -> Tensor:
+    y = x.t() + 1
+    return y.masked_fill_(m.t().contiguous(), 0.0).mul_(2)
+
+
 @pytest.mark.parametrize(
     "f, left",
     [
@@ -310,13 +315,14 @@ def layout_would_change(x: Tensor, m: Tensor) -> Tensor:
         (base_returned, 1),
         (dtype_would_change, 1),
         (layout_would_change, 1),
+        (write_transposed, 0),
     ],
 )
 def test_in_place(f: Callable, left: int) -> None:
     x, mask = torch.randn(4, 6), torch.rand(4, 6) > 0.5
     expected = f(x.clone(), mask)
     graphs, actual = captured_graphs(f, x.clone(), mask)
-    assert_close(actual, expected)
+    assert_close(actual, expected, check_stride=True)
     assert sum(op._schema.is_mutable for op in targets(graphs[0]) if hasattr(op, "_schema")) == left
 
 

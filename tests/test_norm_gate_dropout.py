@@ -78,6 +78,8 @@ def operands(variant: str, dtype: torch.dtype, layout: str = "packed") -> tuple[
     elif layout == "interleaved":
         u = torch.randn(T, H, 4 * D, device=DEVICE, dtype=dtype)[:, :, :D]
         a = a.view(T, H, D)
+    elif layout == "heads first":
+        a, u = torch.randn(2, H, T, D, device=DEVICE, dtype=dtype).transpose(1, 2)
     else:  # columns not contiguous
         u = torch.randn(H * D, T, device=DEVICE, dtype=dtype).t()
         a = torch.randn(H * D, T, device=DEVICE, dtype=dtype).t()
@@ -130,9 +132,12 @@ def test_values_and_gradients(variant, dtype):
     check(values_and_grads(lambda *t: norm_gate_dropout(*t, norm_eps=EPS, **options), tensors), tensors, options)
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "transposed"])
-def test_strides(layout):
-    tensors, options = operands("Meta's concat", torch.float32, layout)
+@pytest.mark.parametrize(
+    "variant, layout",
+    [("Meta's concat", "interleaved"), ("Meta's concat", "transposed"), ("group norm", "heads first")],
+)
+def test_strides(variant, layout):
+    tensors, options = operands(variant, torch.float32, layout)
     check(values_and_grads(lambda *t: norm_gate_dropout(*t, norm_eps=EPS, **options), tensors), tensors, options)
 
 

@@ -299,6 +299,7 @@ def test_near_miss(name):
         lambda a, u: F.softmax(a, -1) * u,
         lambda a, u: a * u,
         lambda a, u: F.layer_norm(a, (W,)) * 2,
+        lambda a, u: F.layer_norm(a, (W,)) * (u[:, :1] > 0).to(a.dtype),  # padded rows cleared
     ],
 )
 def test_nothing_to_find(function):

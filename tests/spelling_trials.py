@@ -1,0 +1,233 @@
+"""Spelled layers through the passes: what was recognised, and whether the numbers are those that were written.
+
+python -m tests.spelling_trials --count 1000 --seed 0            # the recognition rate, and the misses by choice
+python -m tests.spelling_trials --seed 17 --count 1 --show       # one layer: its text and its report
+python -m tests.spelling_trials --mutated --count 1000           # layers that mean something else
+python -m tests.spelling_trials --through dynamo --count 100     # the whole way, as torch.compile goes it
+"""
+
+import argparse
+import collections
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hstu_compile
+from hstu_compile import compiler
+from hstu_compile.passes import NAMES, apply
+from hstu_compile.passes.inplace import make_out_of_place
+from hstu_compile.passes.report import Report
+from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
+from tests.fbgemm_stand_ins import in_plain_pytorch
+from tests.spelled import MUTATIONS, Layer, arguments, build, write
+from tests.tracing import traced
+from tests.without_codegen import inductor_without_codegen
+
+BATCHES = (3, 5)  # one is captured, the others must run on the same graph
+DRAWS = 6  # an error that is bad luck is gone in the maximum over more draws; a wrong number is not
+
+
+@dataclass
+class Outcome:
+    layer: Layer
+    report: Report
+    graphs: int = 1  # how many were captured
+    wrong: str | None = None  # the first value that is out of budget
+    seconds: float = 0.0
+
+    def recognised(self, part: str) -> bool:
+        return bool(self.report.fused(part) or self.report.recognised(part))
+
+    @property
+    def closed_mask(self) -> bool:
+        return not any("mask tensor" in region.what for region in self.report.fused("attention"))
+
+    def reasons(self, part: str) -> list[str]:
+        missed = [region.reason or "" for region in self.report.missed(part)]
+        return missed or ["nothing that looked like it"]
+
+
+Call = Callable[..., Tensor]
+
+
+def through_trace(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Call, Report, list]:
+    """Capture and passes without Dynamo and AOTAutograd; the rewritten graph runs eagerly. Quick."""
+    names, values = zip(*[*module.named_parameters(), *module.named_buffers()], strict=True)
+
+    def call(*given: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, given, strict=False)), given[len(names) :])
+
+    gm = traced(call, list(args), fixed=list(values))
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=False):
+        if isinstance(value, nn.Parameter):
+            node.meta["example_value"] = value
+    make_out_of_place(gm)
+    report = Report()
+    apply(gm, report, NAMES)
+    return lambda *given: gm(*values, *given), report, [gm]
+
+
+def through_dynamo(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Call, Report, list]:
+    """The backend as torch.compile calls it, down to AOTAutograd; only Inductor's code generation is left out."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+    report, rewrite = Report(), compiler.rewrite
+
+    def watched(*given: Any) -> Any:
+        result = rewrite(*given)
+        graphs.append(result[0])
+        report.regions.extend(result[2].regions)
+        return result
+
+    compiled = torch.compile(module, backend=hstu_compile.backend)
+
+    def call(*given: Tensor) -> Tensor:
+        for tensor in given:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        with mock.patch.object(compiler, "rewrite", watched):
+            return compiled(*given)
+
+    call(*args)
+    return call, report, graphs
+
+
+def values_and_gradients(call: Call, leaves: list[Tensor], args: tuple[Tensor, ...]) -> list[Tensor]:
+    """The output, and the gradients of x and of the leaves."""
+    x, *rest = args
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    out = call(x, *rest)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    grads = torch.autograd.grad(out, [x, *leaves], upstream, allow_unused=True)
+    return [out, *(torch.zeros_like(t) if g is None else g for t, g in zip([x, *leaves], grads, strict=True))]
+
+
+def try_out(layer: Layer, seed: int, through: Callable = through_trace) -> Outcome:
+    """Rewrite the layer and compare it, forward and every gradient, with itself in eager mode and in float64."""
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    module, double = build(layer), build(layer, double=True)
+    double.load_state_dict(module.state_dict())
+    first = arguments(layer, BATCHES[0], seed)
+    x = first[0].clone().requires_grad_()
+    # Entries of that cache cost more than they save where every layer has sizes of its own.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        call, report, graphs = through(module, (x, *first[1:]))
+    outcome = Outcome(layer, report)
+    names = ["output", "x", *(name for name, _ in module.named_parameters())]
+    triples: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+    for draw in range(DRAWS):
+        args = arguments(layer, BATCHES[draw % len(BATCHES)], seed + draw)
+        wide = tuple(t.double() if t.is_floating_point() else t for t in args)
+        ours = values_and_gradients(call, list(module.parameters()), args)
+        eager = values_and_gradients(module, list(module.parameters()), args)
+        with in_plain_pytorch():
+            exact = values_and_gradients(double, list(double.parameters()), wide)
+        triples.append(list(zip(ours, eager, exact, strict=True)))
+        outcome.wrong = _wrong(names, triples)
+        if draw + 1 >= len(BATCHES) and outcome.wrong is None:
+            break
+    outcome.graphs, outcome.seconds = len(graphs), time.perf_counter() - began
+    return outcome
+
+
+def _wrong(names: list[str], draws: list[list[tuple[Tensor, Tensor, Tensor]]]) -> str | None:
+    for k, name in enumerate(names):
+        ours, eager, exact = (torch.cat([draw[k][which].flatten() for draw in draws]) for which in range(3))
+        if eager.isnan().any():
+            if not torch.equal(ours.isnan(), eager.isnan()):
+                return f"{name}: NaN in other places"
+            ours, eager, exact = (t[~eager.isnan()] for t in (ours, eager, exact))
+        try:
+            assert_within_budget(ours, eager, exact, BACKWARD if k else FORWARD, name)
+        except AssertionError as error:
+            return str(error)
+    return None
+
+
+def layer_of(seed: int, *, mutated: bool = False) -> Layer:
+    dice = random.Random(seed)
+    return write(dice, dice.choice(MUTATIONS) if mutated else None)
+
+
+def by_choice(outcomes: list[Outcome], missed: Callable[[Outcome], bool], least: int = 3) -> Iterable[str]:
+    """The choices among whose layers the misses are most frequent, beyond what is usual."""
+    usual = sum(map(missed, outcomes)) / len(outcomes)
+    counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for outcome in outcomes:
+        for choice in outcome.layer.choices.items():
+            counts[choice][0] += 1
+            counts[choice][1] += missed(outcome)
+    ranked = sorted(counts.items(), key=lambda item: -(item[1][1] - usual * item[1][0]))
+    for (part, way), (total, misses) in ranked[:12]:
+        if misses >= least and misses > 1.3 * usual * total:
+            yield f"{misses:5} of {total:5}  {part}: {way}"
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    total, lines = len(outcomes), []
+    fused = [o for o in outcomes if o.recognised("attention")]
+    lines.append(f"{total} layers, {len({o.layer.source for o in outcomes})} distinct; ")
+    lines[-1] += f"{sum(o.seconds for o in outcomes) / total:.2f} s each, attention in {len(fused) / total:.1%}"
+    parts: list[tuple[str, list[Outcome], Callable[[Outcome], bool]]] = [
+        ("attention", outcomes, lambda o: not o.recognised("attention")),
+        ("mask in closed form", fused, lambda o: not o.closed_mask),
+        *((part, fused, lambda o, part=part: not o.recognised(part)) for part in ("uvqk", "output", "packed_gradient")),
+    ]
+    for part, among, missed in parts:
+        misses = [o for o in among if missed(o)]
+        lines.append(
+            f"\n{part}: {len(among) - len(misses)} of {len(among)} ({1 - len(misses) / max(len(among), 1):.1%})"
+        )
+        reasons: collections.Counter[str] = collections.Counter()
+        for o in misses:
+            texts = o.reasons(part) if part in NAMES else re.findall(r"mask tensor \((.*?)\);", str(o.report))
+            reasons.update({re.sub(r"\d+|\[.*?\]|<spelling.*", "#", text)[:110] for text in texts})
+        lines += [f"{count:5}  because {reason}" for reason, count in reasons.most_common(12)]
+        lines += by_choice(among, missed) if misses else []
+    for o in outcomes:
+        if o.wrong:
+            lines.append(f"WRONG {o.layer.mutation or ''}: {o.wrong}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--mutated", action="store_true")
+    parser.add_argument("--through", choices=["trace", "dynamo"], default="trace")
+    parser.add_argument("--show", action="store_true", help="print each layer's text and report")
+    parser.add_argument("--missed", help="print the seeds of layers in which this pass found nothing")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    through = {"trace": through_trace, "dynamo": through_dynamo}[chosen.through]
+    outcomes = []
+    for _ in inductor_without_codegen(pytest.MonkeyPatch()):
+        for seed in range(chosen.seed, chosen.seed + chosen.count):
+            layer = layer_of(seed, mutated=chosen.mutated)
+            try:
+                outcomes.append(try_out(layer, seed, through))
+            except Exception as error:
+                outcomes.append(Outcome(layer, Report(), wrong=f"seed {seed}: {type(error).__name__}: {error}"))
+                continue
+            outcome = outcomes[-1]
+            if outcome.wrong:
+                outcome.wrong = f"seed {seed}: {outcome.wrong}"
+            if chosen.show:
+                print(layer.source, outcome.report, outcome.wrong or "", sep="\n")
+            if chosen.missed and not outcome.recognised(chosen.missed):
+                print(seed, outcome.reasons(chosen.missed))
+    print(summary(outcomes))
+
+
+if __name__ == "__main__":
+    main()
