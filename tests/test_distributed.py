@@ -135,7 +135,10 @@ def process(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[dict[str, Tensor], list[int], int]]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (folder,), PROCESSES)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # fully_shard would take a GPU that is there, which gloo does not serve.
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.spawn(process, (folder,), PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
