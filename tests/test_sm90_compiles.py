@@ -104,7 +104,6 @@ def kernels_of(x: Tensor, out: Tensor, call: dict[str, Any]) -> dict[str, Any]:
 SPILLS = {
     (64, "everything", "dqdkdv_kernel"): 8,
     (64, "targets", "dqdkdv_kernel"): 24,
-    (64, "window", "dqdkdv_kernel"): 8,
 }
 
 
@@ -113,13 +112,11 @@ SPILLS = {
     [
         (64, torch.bfloat16, "causal"),
         (64, torch.bfloat16, "targets"),
-        (64, torch.bfloat16, "window"),
         (64, torch.float16, "everything"),
         (128, torch.bfloat16, "causal"),
         (128, torch.bfloat16, "everything"),
         (192, torch.float16, "causal"),
         (256, torch.bfloat16, "targets"),
-        (256, torch.bfloat16, "window"),
         (256, torch.bfloat16, "everything"),
         (32, torch.bfloat16, "window"),
     ],
