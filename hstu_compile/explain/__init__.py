@@ -53,10 +53,11 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
             explanation.graph_breaks.append(_describe(reason))
+        if captured is None or options.recompute_budget is None:
+            return gm.forward
         eager = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        if captured is not None and options.recompute_budget is not None:  # what it chooses, the partitioner knows
-            with torch._functorch.config.patch(enable_autograd_cache=False):
-                hand_over(captured, gm, example_inputs, options, inductor, report, inner_compile=_not_compiled)
+        with torch._functorch.config.patch(enable_autograd_cache=False):  # what a budget chooses, the partitioner knows
+            hand_over(captured, gm, example_inputs, options, inductor, report, inner_compile=_not_compiled)
         return eager.forward
 
     function = getattr(model, "_orig_mod", model)  # of a model that is compiled already
