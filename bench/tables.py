@@ -192,8 +192,27 @@ def compatibility(rows: list[Row]) -> str:
     )
 
 
+def layer_kernels(rows: list[Row]) -> str:
+    """The kernels of a layer's step in their order, a table for each choice of what is recomputed."""
+    parts = []
+    for recompute in dict.fromkeys(tuple(row["recompute"]) for row in rows):
+        steps: dict[int, list[Row]] = {}
+        for row in rows:
+            if tuple(row["recompute"]) == recompute:
+                steps.setdefault(row["seq_len"], []).append(row)
+        names = [row["kernel"] for row in next(iter(steps.values()))]
+        if any([row["kernel"] for row in step] != names for step in steps.values()):
+            raise ValueError(f"layer_kernels: other kernels at another length, recomputed: {recompute}")
+        body = [[names[i], *(f"{step[i]['us']:.1f}" for step in steps.values())] for i in range(len(names))]
+        body.append(["in all", *(f"{sum(row['us'] for row in step):.0f}" for step in steps.values())])
+        what = " and ".join(recompute) or "nothing"
+        parts += [f"Recomputed: {what}; us a step:", _markdown(["kernel", *(f"N={n}" for n in steps)], body)]
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "layer": layer,
+    "layer_kernels": layer_kernels,
     "attention": attention,
     "compatibility": compatibility,
     "compile_time": compile_time,

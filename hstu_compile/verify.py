@@ -28,6 +28,7 @@ DROPOUT_OFF = {
     "aten::dropout": ("train", False),
     "aten::native_dropout": ("train", False),
     "hstu_compile::norm_gate_dropout": ("dropout_ratio", 0.0),
+    "hstu_compile::gated_silu_attention": ("dropout_ratio", 0.0),
 }
 
 

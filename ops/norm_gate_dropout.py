@@ -32,10 +32,11 @@ PARAMETERS = (
     "dropout_ratio",
     "out_dtype",
 )
-SCHEMA = (
-    "Tensor a, Tensor u, Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, "
+GATE_SCHEMA = (
+    "Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, "
     "str activation, bool concat_u, bool concat_x, bool concat_norm, float dropout_ratio, ScalarType out_dtype"
 )
+SCHEMA = f"Tensor a, Tensor u, {GATE_SCHEMA}"
 torch.library.define("hstu_compile::norm_gate_dropout", f"({SCHEMA}) -> Tensor")
 torch.library.define("hstu_compile::norm_gate_dropout_forward", f"({SCHEMA}) -> Tensor")
 torch.library.define(
@@ -207,12 +208,21 @@ def _forward(a, u, weight, bias, seed, *args):
 
 @torch.library.impl("hstu_compile::norm_gate_dropout_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, a, u, weight, bias, seed, *args):
+    return norm_gate_dropout_gradients(dy, a, u, weight, bias, seed, args)
+
+
+def norm_gate_dropout_gradients(
+    dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, args: tuple,
+    du: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """da, du, dweight, dbias; empty where there is no weight or bias. du: [T, W], columns contiguous, to be filled."""
     kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
         grads = norm_gate_dropout_backward_reference(dy, a, u, weight, bias, seed, **named)
+        grads = grads if du is None else (grads[0], du.copy_(grads[1]), *grads[2:])
     else:
-        grads = kind.kernel.backward(dy, a, u, weight, bias, seed, memory=kind.memory, **named)
+        grads = kind.kernel.backward(dy, a, u, weight, bias, seed, du=du, memory=kind.memory, **named)
     return tuple(a.new_empty(0) if g is None else g for g in grads)
 
 

@@ -27,12 +27,12 @@ from hstu_compile.ops.validation import check_attention_values, check_slices, ch
 # After the attention's parameters: the columns of x at which u, q, k and v begin.
 COLUMNS = ("u_at", "q_at", "k_at", "v_at")
 
-_COLUMNS = ", ".join(f"int {name}" for name in COLUMNS)
+COLUMNS_SCHEMA = ", ".join(f"int {name}" for name in COLUMNS)
 torch.library.define(
-    "hstu_compile::silu_attention", f"(Tensor x, Tensor(a) u, {SCHEMA}, {_COLUMNS}) -> (Tensor(a), Tensor)"
+    "hstu_compile::silu_attention", f"(Tensor x, Tensor(a) u, {SCHEMA}, {COLUMNS_SCHEMA}) -> (Tensor(a), Tensor)"
 )
 torch.library.define(
-    "hstu_compile::silu_attention_backward", f"(Tensor dout, Tensor du, Tensor x, {SCHEMA}, {_COLUMNS}) -> Tensor"
+    "hstu_compile::silu_attention_backward", f"(Tensor dout, Tensor du, Tensor x, {SCHEMA}, {COLUMNS_SCHEMA}) -> Tensor"
 )
 
 
@@ -65,7 +65,7 @@ def _named(args: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(zip(PARAMETERS, args[:count], strict=True)), dict(zip(COLUMNS, args[count:], strict=True))
 
 
-def _check(x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple, **of_u: Tensor) -> None:
+def check_call(x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple, **of_u: Tensor) -> None:
     """of_u: u or its gradient, by its name."""
     named, columns = _named(args)
     if named["attn_bias"] is not None:
@@ -75,44 +75,55 @@ def _check(x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple, **of_u: Tens
 
 
 def _forward(x, u, q, k, v, *args):
-    _check(x, q, k, v, args, u=u)
+    check_call(x, q, k, v, args, u=u)
     out = torch.ops.hstu_compile.hstu_attention_forward(q, k, v, *args[: len(PARAMETERS)])
     return torch.ops.aten.alias(u), out
 
 
 @torch.library.register_fake("hstu_compile::silu_attention_backward")
 def _backward_fake(dout, du, x, q, k, v, *args):
-    _check(x, q, k, v, args, du=du)
+    check_call(x, q, k, v, args, du=du)
     return x.new_empty(x.shape)
 
 
 def _checked_kernel(
     dout: Tensor, du: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple
 ) -> ModuleType | None:
-    _check(x, q, k, v, args, du=du)
+    check_call(x, q, k, v, args, du=du)
     return checked_attention_kernel(q, k, v, args[: len(PARAMETERS)])
 
 
 _kinds = Kinds(_checked_kernel)
 
 
-def _features(dout: Tensor, du: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
+def _features(dout: Tensor, u: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     """Those of the attention, and the same of what is only here."""
     count = len(PARAMETERS)
     rows = q.shape[:1]
-    others = [(t.dtype, t.get_device(), t.shape[:1] == rows, t.shape[1:], t.stride()) for t in (dout, du, x)]
+    others = [(t.dtype, t.get_device(), t.shape[:1] == rows, t.shape[1:], t.stride()) for t in (dout, u, x)]
     return attention_features(q, k, v, args[:count]), *others, *args[count:]
 
 
 @torch.library.impl("hstu_compile::silu_attention_backward", ("CPU", "CUDA"))
 def _backward(dout, du, x, q, k, v, *args):
-    kind = _kinds.kind(_features(dout, du, x, q, k, v, args), dout, du, x, q, k, v, args)
+    x = x.contiguous()
+    dx = torch.empty_like(x)
+    fill_gradient(dx, dout, du, x, du, q, k, v, args)
+    return dx
+
+
+def fill_gradient(
+    dx: Tensor, dout: Tensor, du: Tensor | None, x: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple
+) -> None:
+    """The gradient of x into dx, both contiguous. du: None leaves the columns of u, a tensor like them, as they are."""
+    kind = _kinds.kind(_features(dout, u, x, q, k, v, args), dout, u, x, q, k, v, args)
     named, columns = _named(args)
     if checks_values(q.device):
         check_attention_values(q, **named)
     if kind.kernel is None:
-        return silu_attention_backward_reference(dout, du, x, q, k, v, **columns, **for_reference(named))
-    return kind.kernel.silu_backward(dout, du, x, q, k, v, columns=columns, memory=kind.memory, **for_kernel(named))
+        silu_attention_backward_reference(dout, du, x, q, k, v, dx, **columns, **for_reference(named))
+    else:
+        kind.kernel.silu_backward(dout, du, x, q, k, v, dx, columns=columns, memory=kind.memory, **for_kernel(named))
 
 
 class _SiluAttention(torch.autograd.Function):

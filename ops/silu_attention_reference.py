@@ -13,11 +13,12 @@ from hstu_compile.ops.hstu_attention_reference import compute_dtype, hstu_attent
 
 def silu_attention_backward_reference(
     dout: Tensor,
-    du: Tensor,
+    du: Tensor | None,
     x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dx: Tensor,
     *,
     u_at: int,
     q_at: int,
@@ -26,22 +27,22 @@ def silu_attention_backward_reference(
     seq_offsets: Tensor | None = None,
     seq_lengths: Tensor | None = None,
     **attention,
-) -> Tensor:
-    """dx, contiguous, in the shape and dtype of x. Arguments as in `hstu_compile.ops.silu_attention`."""
-    dout, du, wide, q, k, v = (t.to(compute_dtype(x)) for t in (dout, du, x, q, k, v))
+) -> None:
+    """Fill dx, like x; du: None leaves the columns of u. Arguments as in `hstu_compile.ops.silu_attention`."""
+    dout, wide, q, k, v = (t.to(compute_dtype(x)) for t in (dout, x, q, k, v))
     grads = hstu_attention_backward_reference(
         dout, q, k, v, seq_offsets=seq_offsets, seq_lengths=seq_lengths, **attention, needs_bias_grad=False
     )
     unused = _unused(x, seq_offsets, seq_lengths)
-    dx = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    for at, grad in zip((u_at, q_at, k_at, v_at), (du, *(grad.flatten(-2) for grad in grads[:3])), strict=True):
+    given = {} if du is None else {u_at: du.to(wide.dtype)}
+    given |= zip((q_at, k_at, v_at), (grad.flatten(-2) for grad in grads[:3]), strict=True)
+    for at, grad in given.items():
         piece = wide[..., at : at + grad.shape[-1]]
         sigmoid = torch.sigmoid(piece)
         product = grad * (sigmoid * (1 + piece * (1 - sigmoid)))
         if unused is not None and at != u_at:
             product = product.masked_fill(unused[..., None], 0)
         dx[..., at : at + grad.shape[-1]] = product
-    return dx.to(x.dtype)
 
 
 def _unused(x: Tensor, seq_offsets: Tensor | None, seq_lengths: Tensor | None) -> Tensor | None:

@@ -184,6 +184,11 @@ def reads_only_metadata(user: fx.Node) -> bool:
     return is_call(user, *SIZE_OF, *_LIKES, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
 
 
+def real_users(node: fx.Node) -> list[fx.Node]:
+    """The uses that want the numbers of a tensor."""
+    return [user for user in node.users if not reads_only_metadata(user)]
+
+
 def erase_dead(roots: Iterable[fx.Node]) -> set[fx.Node]:
     """Remove the nodes among `roots`, and whatever only they needed, that nobody uses; returns them.
 

@@ -23,7 +23,7 @@ from hstu_compile.passes.graph import (
     is_call,
     is_cast,
     is_tensor,
-    reads_only_metadata,
+    real_users,
     same,
     same_shape,
     shape,
@@ -82,7 +82,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
 
 def _find(product: fx.Node) -> Gate | None:
     """The gate around a product; None where nothing speaks for one, Misfit where something is in the way."""
-    if not _real_users(product) or len(product.args) != 2:
+    if not real_users(product) or len(product.args) != 2:
         return None
     for normed, other in (product.args, product.args[::-1]):
         if not (isinstance(normed, fx.Node) and is_tensor(normed)):
@@ -111,10 +111,6 @@ def _sizes(node: fx.Node) -> str:
     return str([str(n) for n in shape(node)]).replace("'", "")
 
 
-def _real_users(node: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if not reads_only_metadata(user)]
-
-
 def _path(node: fx.Node, *, narrowing: bool = False) -> tuple[list[fx.Node], fx.Node]:
     """The reshapes and casts that end in a node, and what they start from; casts that round only if `narrowing`."""
     path = []
@@ -133,7 +129,7 @@ def _activation(operand: fx.Node) -> tuple[str, fx.Node]:
     """The gate's activation, if nobody else needs its result, and what it is applied to."""
     path, node = _path(operand)
     found = as_activation(node)
-    if found is None or any(len(_real_users(n)) != 1 for n in (*path, node)):
+    if found is None or any(len(real_users(n)) != 1 for n in (*path, node)):
         return "none", node
     return found[0], _path(found[1])[1]
 
@@ -162,7 +158,7 @@ def _comes_from_attention(node: fx.Node) -> bool:
 def _grow(gate: Gate) -> None:
     """Forwards, as long as the value has one user."""
     while True:
-        users = _real_users(gate.end)
+        users = real_users(gate.end)
         user = users[0] if len(users) == 1 else None
         if user is None or not is_tensor(user):
             break
@@ -250,7 +246,7 @@ def _check_region(gate: Gate) -> None:
         for piece in cat.all_input_nodes:
             inside.update(_path(piece, narrowing=True)[0])
     for node in (*gate.norm.interior, *gate.between):
-        for user in _real_users(node):
+        for user in real_users(node):
             if user not in inside:
                 raise Misfit(f"the normalised value has a second use: {user.target} at {source_line(user)}")
     operands = {value(gate.x).dtype, value(gate.u).dtype}

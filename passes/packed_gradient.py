@@ -4,7 +4,8 @@
 
 The backward of silu and split would concatenate dq, dk, dv and du and multiply them by silu'(x). The op writes them
 into their columns of one dx, multiplied. The forward stays what it is; u goes through the op for the sake of its
-gradient. After the output pass, which knows the end of a layer by its attention.
+gradient. After the output pass, which knows the end of a layer by its attention: where all that u meets is the gate of
+that attention, the two become one op that takes u before silu (packed_gate.py).
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from hstu_compile.ops.hstu_attention import ATTN_BIAS, ATTN_MASK, MASK_TILE_STATES
+from hstu_compile.passes import packed_gate
 from hstu_compile.passes.graph import (
     aten,
     erase_dead,
@@ -22,23 +24,20 @@ from hstu_compile.passes.graph import (
     is_call,
     is_tensor,
     reads_only_metadata,
+    real_users,
     same,
     same_shape,
     shape,
     share_storage,
     value,
-    writes_to,
 )
+from hstu_compile.passes.packed_gate import Misfit, refuse_writes
 from hstu_compile.passes.report import Region, Report, source_line
 from hstu_compile.passes.uvqk import MOVES, SLICES, SPLITS
 
 NAME = "packed_gradient"
 WHAT = "one gradient through silu -> split {} -> attention"
 ATTENTION = torch.ops.hstu_compile.hstu_attention.default
-
-
-class Misfit(Exception):
-    """The first thing that did not fit, in words."""
 
 
 @dataclass
@@ -65,9 +64,18 @@ def run(gm: fx.GraphModule, report: Report) -> int:
         except Misfit as misfit:
             report.add(Region(NAME, WHAT.format("into slices"), where, reason=str(misfit)))
             continue
-        order = ", ".join(sorted(packed.columns, key=packed.columns.__getitem__))
-        _rewrite(packed)
-        report.add(Region(NAME, WHAT.format(order), where, kernel="the attention's own"))
+        what = WHAT.format(", ".join(sorted(packed.columns, key=packed.columns.__getitem__)))
+        try:
+            gate = packed_gate.find(attention, silu, packed.u)
+        except Misfit as misfit:
+            report.add(Region(NAME, f"{what} -> gate", where, reason=str(misfit)))
+            gate = None
+        if gate is None:
+            _rewrite(packed)
+        else:
+            packed_gate.rewrite(attention, silu, packed.columns, gate)
+            what = f"{what} -> gate"
+        report.add(Region(NAME, what, where, kernel="the attention's own"))
         fused += 1
     return fused
 
@@ -110,12 +118,8 @@ def _find(attention: fx.Node, silu: fx.Node) -> Packed:
     if not same_shape((*begins, shape(silu)[-1]), (0, *ends)):
         raise Misfit("u, q, k and v are not all columns of the silu, each once")
     late = _late(u, attention)
-    _refuse_writes(silu, attention)
+    refuse_writes(silu, attention)
     return Packed(attention, silu, u, late, columns)
-
-
-def _real_users(node: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if not reads_only_metadata(user)]
 
 
 def _pieces(silu: fx.Node) -> list[fx.Node]:
@@ -123,12 +127,12 @@ def _pieces(silu: fx.Node) -> list[fx.Node]:
     pieces, todo = [], [silu]
     while todo:
         node = todo.pop()
-        for user in _real_users(node):
+        for user in real_users(node):
             if not _is_view(user) or user.args[0] is not node:
                 raise Misfit(f"the whole silu has another use: {user.target} at {source_line(user)}")
             if not is_tensor(user) or same(value(user).numel(), value(silu).numel()):
                 todo.append(user)
-            elif _real_users(user):
+            elif real_users(user):
                 pieces.append(user)
     return pieces
 
@@ -154,7 +158,7 @@ def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.N
     """The piece behind an operand, which nobody else reads on the way."""
     node, reader = operand, attention
     while True:
-        for user in _real_users(node):
+        for user in real_users(node):
             if user is not reader:
                 raise Misfit(f"{role} has a second use: {user.target} at {source_line(user)}")
         if node in pieces:
@@ -176,18 +180,6 @@ def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
                 raise Misfit(f"u is used before the attention: {node.target} at {source_line(node)}")
             late.append(node)
     raise AssertionError("the attention is not in its own graph")
-
-
-def _refuse_writes(silu: fx.Node, attention: fx.Node) -> None:
-    """The op reads x where the attention stands, and gives u as a view."""
-    nodes = list(silu.graph.nodes)
-    first, last = nodes.index(silu), nodes.index(attention)
-    (x,) = silu.all_input_nodes
-    for i, node in enumerate(nodes[first:], first):
-        if writes_to(node, silu) or (i < last and writes_to(node, x)):
-            raise Misfit(f"written in place by {node.target} at {source_line(node)}")
-        if i < last and node.target is torch._C._set_grad_enabled:
-            raise Misfit("grad mode changes between the silu and the attention")
 
 
 def _rewrite(packed: Packed) -> None:

@@ -99,7 +99,12 @@ def test_packed_gradient(dtype, dim, order, layout, mask, one_kernel, monkeypatc
         monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", 0)
     poison_new_memory(monkeypatch)
     for name, kernel in KERNELS.items():
-        run = [kernel.silu_backward(dout, du, x, act["q"], act["k"], act["v"], columns=at, **call) for _ in range(2)]
-        assert torch.equal(*run), f"{name} differs from run to run"
-        assert (run[0][unused] == 0).all(), f"{name}: rows of no sequence"
-        assert_within_budget(run[0], theirs, want.masked_fill(unused, 0), BACKWARD, name)
+        first, again, without_u = (x.new_empty(x.shape) for _ in range(3))
+        without_u[..., ~of_attention] = 7
+        for dx, given in ((first, du), (again, du), (without_u, None)):
+            kernel.silu_backward(dout, given, x, act["q"], act["k"], act["v"], dx, columns=at, **call)
+        assert torch.equal(first, again), f"{name} differs from run to run"
+        assert (first[unused] == 0).all(), f"{name}: rows of no sequence"
+        assert_within_budget(first, theirs, want.masked_fill(unused, 0), BACKWARD, name)
+        assert (without_u[..., ~of_attention] == 7).all(), f"{name}: the columns of u are not its own"
+        assert torch.equal(without_u[..., of_attention], first[..., of_attention]), f"{name}: without du"

@@ -156,8 +156,8 @@ def test_c_gets_the_same_for_a_packed_gradient(
 
     for lengths in STEPS:
         (v, q, k, dout), call = inputs(lengths, dim)
-        x, du = (EMPTY(len(q), width * H * dim, dtype=torch.bfloat16) for width in (4, 1))
-        again, public = (launched(each, [dout, du, x, q, k, v], call) for each in (memory, None))
+        x, du, dx = (EMPTY(len(q), width * H * dim, dtype=torch.bfloat16) for width in (4, 1, 4))
+        again, public = (launched(each, [dout, du, x, q, k, v, dx], call) for each in (memory, None))
         in_one = dim == 64 and sum(lengths) // len(lengths) >= LONG
         assert len(again) == 2 + (1 if in_one else 2)
         assert again == public

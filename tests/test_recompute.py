@@ -21,7 +21,7 @@ from tests.without_codegen import Compiled, inductor_without_codegen
 OPS = torch.ops.hstu_compile
 ATTENTION, ATTENTION_BACKWARD = OPS.hstu_attention_forward.default, OPS.hstu_attention_backward.default
 GATE, GATE_BACKWARD = OPS.norm_gate_dropout_forward.default, OPS.norm_gate_dropout_backward.default
-SILU_ATTENTION_BACKWARD = OPS.silu_attention_backward.default
+GATED_BACKWARD = OPS.gated_silu_attention_backward.default
 LAYERNORM, SILU, UVQK = ({f"recompute_{name}": True} for name in ("input_layernorm", "input_silu", "uvqk"))
 BOTH = LAYERNORM | SILU
 
@@ -35,7 +35,7 @@ class Layer:
     norm: int
     projection: int
     activation: int
-    backward: Any = ATTENTION_BACKWARD
+    backward: tuple[Any, ...] = (GATE_BACKWARD, ATTENTION_BACKWARD)
 
 
 def one(name: str, projection: int, activation: int) -> Layer:
@@ -44,7 +44,7 @@ def one(name: str, projection: int, activation: int) -> Layer:
 
 def native(dropout_ratio: float) -> Layer:
     arguments = torch.randn(3, 10, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 4, 7])
-    return Layer(lambda: HSTUStack(1, 24, 2, 8, dropout_ratio), arguments, 24, 64, 64, SILU_ATTENTION_BACKWARD)
+    return Layer(lambda: HSTUStack(1, 24, 2, 8, dropout_ratio), arguments, 24, 64, 48, (GATED_BACKWARD,))  # v, q, k
 
 
 LAYERS = {
@@ -103,7 +103,7 @@ def test_saved_tensors_calls_and_bits(name: str, inductor: Compiled) -> None:
         ours = step(layer, options, inductor)
         statistics = (plain.saved - ours.saved) / tokens - expected  # of the norm: up to two numbers a token
         assert statistics in ((0,) if options == SILU else (0, 1, 2)), options
-        assert ours.calls == plain.calls == [ATTENTION, GATE, GATE_BACKWARD, layer.backward]
+        assert ours.calls == plain.calls == [ATTENTION, GATE, *layer.backward]
         for a, b in zip(ours.values, plain.values, strict=True):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), options
 
@@ -112,9 +112,11 @@ def test_an_activation_is_saved_in_its_own_dtype(inductor: Compiled) -> None:
     """Not the float32 steps that Inductor decomposes it into, although the gradient could use them."""
     layer = LAYERS["native"]
     x, lengths = layer.arguments
-    half = Layer(lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, 64)
+    half = Layer(
+        lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, layer.activation
+    )
     plain, recomputed = step(half, {}, inductor), step(half, SILU, inductor)
-    assert plain.saved_bytes - recomputed.saved_bytes == 64 * x.shape[:-1].numel() * 2
+    assert plain.saved_bytes - recomputed.saved_bytes == layer.activation * x.shape[:-1].numel() * 2
     assert all(torch.equal(a, b) for a, b in zip(plain.values, recomputed.values, strict=True))
 
 

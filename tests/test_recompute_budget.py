@@ -41,7 +41,7 @@ def padded(seq_len: int = 10) -> tuple[Tensor, ...]:
     return torch.randn(3, seq_len, E, generator=torch.Generator().manual_seed(0)), LENGTHS
 
 
-FREED = {"input_layernorm": E, "uvqk_projection": 4 * H * D, "input_silu": 4 * H * D}  # numbers a token, of a layer
+FREED = {"input_layernorm": E, "uvqk_projection": 4 * H * D, "input_silu": 3 * H * D}  # numbers a token, of a layer
 
 
 @dataclass
@@ -96,7 +96,7 @@ def step(inductor: Compiled, make: Callable[[], nn.Module], arguments: tuple, **
 
 
 def assert_same_bits_and_calls(ours: Step, plain: Step) -> None:
-    assert ours.calls == plain.calls
+    assert sorted(ours.calls) == sorted(plain.calls)
     assert all(torch.equal(a, b) for a, b in zip(ours.values, plain.values, strict=True))
 
 

@@ -168,8 +168,9 @@ def test_16_bits_are_rounded_once() -> None:
     call = {name: value for name, value in jagged().items() if name not in ("mask_tile_states", "attn_bias")}
     du, dout = upstream_of(x)
     tensors = dout, du, x, q, k, v
-    ours = silu_attention_backward_reference(*tensors, **columns("uvqk"), **call)
-    wide = silu_attention_backward_reference(*(t.float() for t in tensors), **columns("uvqk"), **call)
+    ours, wide = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+    silu_attention_backward_reference(*tensors, ours, **columns("uvqk"), **call)
+    silu_attention_backward_reference(*(t.float() for t in tensors), wide, **columns("uvqk"), **call)
     assert torch.equal(ours, wide.bfloat16())
 
 

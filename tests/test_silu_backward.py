@@ -12,7 +12,7 @@ import torch
 from test_sm90_compiles import MASKS, NOTHING, assert_fits
 
 from hstu_compile.ops.kernels import attention_sm90
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of
+from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 
 if torch.cuda.is_available():
     from silu_backward_cases import *  # noqa: F403
@@ -38,14 +38,12 @@ def test_compiles(dim: int, mask: str) -> None:
     call |= {name: torch.tensor(v) if isinstance(v, list) else v for name, v in MASKS[mask].items()}
     columns = {f"{name}_at": i * H * dim for i, name in enumerate("uvqk")}
     du = dout.flatten(1)
-    (_, q, k, v), (u_dx, *grads), (u_x, *silu_of) = (
-        slices_of(t, du, dout, dout, dout, **columns) for t in (act, dx, x)
-    )
+    (q, k, v), grads, silu_of = (slices_of(t, dout, dout, dout, columns) for t in (act, dx, x))
     extent = attention_sm90.extent_of(q, call)
     with compile_only.target(90), mock.patch.object(attention_sm90, "ONE_KERNEL_FROM", 0):
         scratch, _ = attention_sm90.backward_scratch(q, v, extent, call)
         launches = attention_sm90.backward_launches(dout, q, k, v, *grads, scratch, 132, silu_of, **call)
-        launches.append(silu_backward_launch(du, u_x, u_dx, extent))
+        launches.append(silu_backward_launch(*u_slices(du, x, dx, columns["u_at"]), extent))
         for launch in launches:
             name = launch.kernel.__name__
             kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))

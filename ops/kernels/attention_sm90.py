@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
-from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slices_of
+from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 from hstu_compile.ops.kernels.slots import slots_of
 
 MAX_DIM = 256
@@ -155,39 +155,41 @@ def backward(
 
 def silu_backward(
     dout: Tensor,
-    du: Tensor,
+    du: Tensor | None,
     x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dx: Tensor,
     *,
     columns: dict[str, int],
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
-) -> Tensor:
-    """The gradient of x where u, q, k, v are slices of silu(x); keywords as in `backward`.
+) -> None:
+    """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); keywords as in `backward`.
 
+    du: None leaves the columns of u as they are.
+    x, dx: contiguous.
     columns: of x at which they begin: u_at, q_at, k_at and v_at.
     """
-    x, du = x.contiguous(), evenly_apart(du)
-    dx = torch.empty_like(x)
-    if dx.numel():
-        extent = extent_of(q, call)
-        scratch, num_zeros = backward_scratch(q, v, extent, call)
-        whole = dx.unsqueeze(-2)
-        u_dx, *grads = slices_of(dx, du, q, k, v, **columns)
-        u_x, *silu_of = slices_of(x, du, q, k, v, **columns)
+    if not dx.numel():
+        return
+    extent = extent_of(q, call)
+    scratch, num_zeros = backward_scratch(q, v, extent, call)
+    grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
+    of_u = () if du is None else u_slices(du, x, dx, columns["u_at"])
 
-        def launches() -> list[Launch]:
-            zeros = kernels().zero_launch((whole,), call["seq_offsets"], extent, scratch[0], num_zeros)
-            args = dout, q, k, v, *grads, scratch, processors(q.device)
-            return [zeros, *backward_launches(*args, silu_of, **call), silu_backward_launch(du, u_x, u_dx, extent)]
+    def launches() -> list[Launch]:
+        zeros = kernels().zero_launch(grads, call["seq_offsets"], extent, scratch[0], num_zeros)
+        args = dout, q, k, v, *grads, scratch, processors(q.device)
+        of_attention = backward_launches(*args, silu_of, **call)
+        return [zeros, *of_attention, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
 
-        layouts = dout.dtype, dout.shape[1:], dout.stride(), du.dtype, du.shape[1:], du.stride(), dx.shape[1:]
-        key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
-        tensors = [dout, q, k, v, whole, *grads, *silu_of, du, u_x, u_dx, *scratch, *per_sequence(call)]
-        run(remembered(memory, call), key, tensors, extent, launches)
-    return dx
+    layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
+    layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
+    key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
+    tensors = [dout, q, k, v, *grads, *silu_of, *of_u, *scratch, *per_sequence(call)]
+    run(remembered(memory, call), key, tensors, extent, launches)
 
 
 def forward_launches(

@@ -19,7 +19,7 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
-from hstu_compile.ops.kernels.silu_backward import evenly_apart, silu_backward_launch, slices_of
+from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
 
@@ -80,29 +80,27 @@ def backward(
 
 def silu_backward(
     dout: Tensor,
-    du: Tensor,
+    du: Tensor | None,
     x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dx: Tensor,
     *,
     columns: dict[str, int],
     memory: dict[Hashable, Any] | None = None,
     **arguments: Any,
-) -> Tensor:
-    """The gradient of x where u, q, k, v are slices of silu(x), from `columns` on; see attention_sm90 and `forward`."""
+) -> None:
+    """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); see attention_sm90 and `forward`."""
     call = Call(q, k, v, **arguments)
-    x, du = x.contiguous(), evenly_apart(du)
-    dx = x.new_empty(x.shape)
-    u_dx, *grads = slices_of(dx, du, q, k, v, **columns)
-    u_x, *silu_of = slices_of(x, du, q, k, v, **columns)
+    grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
     call.gradients(dout, *grads)
     with torch.cuda.device_of(x):
         for grad, of in zip(grads, silu_of, strict=True):
             silu_backward_launch(grad.flatten(-2), of.flatten(-2), grad.flatten(-2), call.extent)()
-        zero_tail((dx.unsqueeze(-2),), arguments["seq_offsets"])
-        silu_backward_launch(du, u_x, u_dx, call.extent)()
-    return dx
+        zero_tail(grads, arguments["seq_offsets"])
+        if du is not None:
+            silu_backward_launch(*u_slices(du, x, dx, columns["u_at"]), call.extent)()
 
 
 class Call:

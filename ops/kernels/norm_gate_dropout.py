@@ -111,16 +111,15 @@ def forward_sizes(tile_rows: int, groups: int, extent: Extent) -> tuple[int, dic
 
 def backward(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
-    memory: dict[Hashable, Any] | None = None, **named: Any,
+    du: Tensor | None = None, memory: dict[Hashable, Any] | None = None, **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """da, du, dweight, dbias; see `forward`."""
+    """da, du, dweight, dbias; see `forward`. du: [T, W], columns contiguous, to be filled; None: make one."""
     extent, groups = Extent(a.shape[0]), named["num_groups"]
-    da, du, dweight, dbias = grads = tuple(
-        [
-            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t in (a, u, weight, bias)
-        ]
+    da, dweight, dbias = (
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, weight, bias)
     )
+    du = torch.empty_like(u, memory_format=torch.contiguous_format) if du is None else du
+    grads = da, du, dweight, dbias
     shares = None
     if weight is not None or bias is not None:
         _, programs = tile_and_programs(dy, a, u, named)
@@ -130,7 +129,7 @@ def backward(
     def launches() -> list[Launch]:
         return backward_launches(dy, a, u, weight, bias, seed, *grads, shares, extent, **named)
 
-    run(memory, (dy.dtype, dy.stride()), [dy, a, u, weight, bias, seed, *grads, shares], extent, launches)
+    run(memory, (dy.dtype, dy.stride(), du.stride()), [dy, a, u, weight, bias, seed, *grads, shares], extent, launches)
     return grads
 
 
@@ -155,7 +154,8 @@ def backward_launches(
     tile, programs = tile_and_programs(dy, a, u, named)
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
     sizes = functools.partial(backward_sizes, programs, constants["GROUPS"])
-    arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars)
+    du_row = du.stride(0)
+    arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars, du_row)
     first = Launch(backward_kernel, sizes(extent)[0], arguments, constants | tile, sizes)
     return [first] if shares is None else [first, *sum_launches(shares, dweight, dbias, programs, extent)]
 

@@ -121,7 +121,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
 def backward_kernel(
-    dy, a, u, weight, bias, seed, da, du, shares, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
+    dy, a, u, weight, bias, seed, da, du, shares, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale, du_row,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -169,7 +169,7 @@ def backward_kernel(
             dx += get(dy, at, inside, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
         packed = tile_offsets(rows, cols, ROW_WIDTH, 0, ROW_WIDTH)
         tl.store(da + packed, dx.to(da.dtype.element_ty), mask=inside)
-        tl.store(du + packed, dg.to(du.dtype.element_ty), mask=inside)
+        tl.store(du + tile_offsets(rows, cols, du_row, 0, ROW_WIDTH), dg.to(du.dtype.element_ty), mask=inside)
         if shares is not None:
             dweight += dnorm * xhat
             dbias += dnorm

@@ -50,10 +50,14 @@ def evenly_apart(t: Tensor) -> Tensor:
     return t if even else t.clone(memory_format=torch.contiguous_format)
 
 
-def slices_of(
-    t: Tensor, du: Tensor, q: Tensor, k: Tensor, v: Tensor, *, u_at: int, q_at: int, k_at: int, v_at: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The columns of t, laid out as u, q, k and v, from these on, in the shapes of du, q, k and v."""
-    wholes = (t.narrow(-1, at, like.shape[-2] * like.shape[-1]) for at, like in ((q_at, q), (k_at, k), (v_at, v)))
-    q_t, k_t, v_t = (part.unflatten(-1, like.shape[-2:]) for part, like in zip(wholes, (q, k, v), strict=True))
-    return t.narrow(-1, u_at, du.shape[-1]), q_t, k_t, v_t
+def slices_of(t: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: dict[str, int]) -> tuple[Tensor, ...]:
+    """The columns of t from q_at, k_at and v_at on, in the shapes of q, k and v."""
+    return tuple(
+        t.narrow(-1, columns[f"{name}_at"], like.shape[-2] * like.shape[-1]).unflatten(-1, like.shape[-2:])
+        for name, like in (("q", q), ("k", k), ("v", v))
+    )
+
+
+def u_slices(du: Tensor, x: Tensor, dx: Tensor, u_at: int) -> tuple[Tensor, Tensor, Tensor]:
+    """du, and its columns of x and dx."""
+    return evenly_apart(du), *(t.narrow(-1, u_at, du.shape[-1]) for t in (x, dx))

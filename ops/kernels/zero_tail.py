@@ -15,8 +15,10 @@ BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["total_rows", "batch", "num_counters"])
-def zero_tail_kernel(outs, widths, seq_offsets_ptr, total_rows, batch, counters_ptr, num_counters, BLOCK: tl.constexpr):
-    """One launch for all results of a call: pointers and the elements of a row of each. And for its counters."""
+def zero_tail_kernel(
+    outs, strides, widths, seq_offsets_ptr, total_rows, batch, counters_ptr, num_counters, BLOCK: tl.constexpr
+):
+    """One launch for all results of a call: pointers, from row to row, elements of a row. And for its counters."""
     if counters_ptr is not None:
         for start in range(tl.program_id(0) * BLOCK, num_counters, tl.num_programs(0) * BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -28,11 +30,11 @@ def zero_tail_kernel(outs, widths, seq_offsets_ptr, total_rows, batch, counters_
                 for start in range(0, widths[i], BLOCK):
                     cols = start + tl.arange(0, BLOCK)
                     zeros = tl.zeros((BLOCK,), outs[i].dtype.element_ty)
-                    tl.store(outs[i] + row * widths[i] + cols, zeros, mask=cols < widths[i])
+                    tl.store(outs[i] + row * strides[i] + cols, zeros, mask=cols < widths[i])
 
 
 def zero_tail(outs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> None:
-    """outs [T, H, D] contiguous: zero the rows from seq_offsets[-1] on, without reading the offset back to the host."""
+    """outs [T, H, D], a row in one piece: zero the rows from seq_offsets[-1] on, not read back to the host."""
     outs = tuple(out for out in outs if out.numel())
     if outs and seq_offsets is not None:
         with torch.cuda.device_of(outs[0]):
@@ -47,12 +49,12 @@ def zero_launch(
     num_counters: Callable[[Extent], int] | None = None,
 ) -> Launch:
     """Zeros the rows of no sequence (dense: none) and int32 counters, as many for any extent if not said otherwise."""
-    widths = tuple(out.shape[-2] * out.shape[-1] for out in outs)
+    strides, widths = tuple(out.stride(0) for out in outs), tuple(out.shape[-2] * out.shape[-1] for out in outs)
     number = 0 if counters is None else counters.numel()
     sizes = functools.partial(zero_sizes, number if num_counters is None else num_counters)
     programs, numbers = sizes(extent)
     total_rows, batch, number = numbers.values()
-    arguments = (outs, widths, seq_offsets, total_rows, batch, counters, number)
+    arguments = (outs, strides, widths, seq_offsets, total_rows, batch, counters, number)
     return Launch(zero_tail_kernel, programs, arguments, {"BLOCK": BLOCK}, sizes)
 
 

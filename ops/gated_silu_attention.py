@@ -1,0 +1,151 @@
+"""`hstu_compile::gated_silu_attention`: HSTU attention and the gate that follows it, of slices of one x.
+
+    y = norm_gate_dropout(hstu_attention(q, k, v), x[u])        q, k, v = slices of silu(x)
+
+The gate applies its activation to the columns of u itself: silu(u) is in memory neither in the forward nor for the
+backward. And the backward writes du where it belongs, into the columns of the one dx that dq, dk and dv go into.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hstu_compile.ops.composite import register_composite
+from hstu_compile.ops.hstu_attention import PARAMETERS, SCHEMA
+from hstu_compile.ops.norm_gate_dropout import GATE_SCHEMA, norm_gate_dropout_gradients
+from hstu_compile.ops.norm_gate_dropout import PARAMETERS as GATE_PARAMETERS
+from hstu_compile.ops.silu_attention import COLUMNS, COLUMNS_SCHEMA, check_call, fill_gradient
+
+_SCHEMA = f"Tensor x, {SCHEMA}, {COLUMNS_SCHEMA}, {GATE_SCHEMA}"
+torch.library.define("hstu_compile::gated_silu_attention", f"({_SCHEMA}) -> Tensor")
+torch.library.define(
+    "hstu_compile::gated_silu_attention_backward", f"(Tensor dy, Tensor a, {_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
+
+# Among the arguments after x: the attention's, columns, the gate's tensors, the gate's others.
+_COLUMNS = 3 + len(PARAMETERS)
+_WEIGHT = _COLUMNS + len(COLUMNS)
+_GATE = _WEIGHT + 3
+_U_AT = _COLUMNS + COLUMNS.index("u_at")
+
+
+def gated_silu_attention(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    attention: dict[str, Any],
+    columns: dict[str, int],
+    gate: dict[str, Any],
+) -> Tensor:
+    """norm_gate_dropout(hstu_attention(q, k, v), x's columns of u); the one gradient is that of x.
+
+    Args:
+        x: [T, W] (jagged) or [B, N, W] (dense), any strides. q, k and v are slices of silu(x), u is the rest of x.
+        q, k, v: as in `hstu_attention`; for autograd they are functions of x that this op differentiates.
+        weight, bias, seed: as in `norm_gate_dropout`.
+        attention: all of `hstu_attention.PARAMETERS`. attn_bias is None; attn_mask comes with its mask_tile_states.
+        columns: u_at, q_at, k_at, v_at, of x, at which the slices begin. A slice has its columns in one piece.
+        gate: all of `norm_gate_dropout.PARAMETERS`; the activation is applied to u as it is in x, before silu.
+
+    Returns:
+        [T, k * Wu] or [B * N, k * Wu] as of `norm_gate_dropout`. In rows that belong to no sequence, the gradient's
+        columns of q, k and v are 0; those of u are as in any other row.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what was expected.
+    """
+    given = [attention[name] for name in PARAMETERS]
+    given += [columns[name] for name in COLUMNS]
+    given += [weight, bias, seed, *(gate[name] for name in GATE_PARAMETERS)]
+    return torch.ops.hstu_compile.gated_silu_attention(x, q, k, v, *given)
+
+
+class _Arguments(NamedTuple):
+    """What comes after x."""
+
+    attention: tuple  # q, k, v and its parameters
+    columns: tuple
+    affine_and_seed: tuple
+    gate: tuple
+
+
+def _split(args: tuple) -> _Arguments:
+    return _Arguments(args[:_COLUMNS], args[_COLUMNS:_WEIGHT], args[_WEIGHT:_GATE], args[_GATE:])
+
+
+def _columns_of_u(x: Tensor, args: tuple) -> Tensor:
+    v = args[2]
+    return x.narrow(-1, args[_U_AT], v.shape[-2] * v.shape[-1])
+
+
+def _rows(t: Tensor, x: Tensor) -> Tensor:
+    """What lies in memory as x does, as the gate takes it: [T, ...] or [B * N, ...]."""
+    return t if x.dim() == 2 else t.flatten(0, 1)
+
+
+def _check(x: Tensor, args: tuple) -> None:
+    q, k, v = args[:3]
+    check_call(x, q, k, v, args[3:_WEIGHT], u=_columns_of_u(x, args))
+
+
+def _attention_and_gate(x: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
+    _check(x, args)
+    given = _split(args)
+    a = torch.ops.hstu_compile.hstu_attention_forward(*given.attention)
+    operands = _rows(a, x), _rows(_columns_of_u(x, args), x)
+    return a, torch.ops.hstu_compile.norm_gate_dropout_forward(*operands, *given.affine_and_seed, *given.gate)
+
+
+def _forward(x, *args):
+    return _attention_and_gate(x, args)[1]
+
+
+@torch.library.register_fake("hstu_compile::gated_silu_attention_backward")
+def _backward_fake(dy, a, x, *args):
+    _check(x, args)
+    affine = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[_WEIGHT : _WEIGHT + 2])
+    return x.new_empty(x.shape), *affine
+
+
+@torch.library.impl("hstu_compile::gated_silu_attention_backward", ("CPU", "CUDA"))
+def _backward(dy, a, x, *args):
+    given = _split(args)
+    x = x.contiguous()
+    dx = torch.empty_like(x)
+    u, du = _columns_of_u(x, args), _columns_of_u(dx, args)
+    weight, bias, seed = given.affine_and_seed
+    operands = _rows(a, x), _rows(u, x), weight, bias, seed
+    da, _, dweight, dbias = norm_gate_dropout_gradients(dy, *operands, given.gate, du=_rows(du, x))
+    q, k, v, *others = given.attention
+    fill_gradient(dx, da.view(a.shape), None, x, u, q, k, v, (*others, *given.columns))
+    return dx, dweight, dbias
+
+
+class _GatedSiluAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *inputs):
+        a, y = _attention_and_gate(x, inputs)
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+        ctx.save_for_backward(a, x, *(value for value in inputs if isinstance(value, Tensor)))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        a, x, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
+        dx, *affine = torch.ops.hstu_compile.gated_silu_attention_backward(dy, a, x, *inputs)
+        grads = [None] * len(inputs)
+        for at, grad in enumerate(affine, _WEIGHT):
+            grads[at] = None if inputs[at] is None else grad
+        return dx, *grads
+
+
+register_composite("gated_silu_attention", _forward, _GatedSiluAttention.apply)
