@@ -14,12 +14,11 @@ from hstu_compile.passes.graph import (
     is_call,
     is_cast,
     is_tensor,
-    look_through,
-    number,
     same,
     shape,
     value,
 )
+from hstu_compile.passes.written_norm import as_written
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Norm:
 
 def as_norm(node: fx.Node) -> Norm | None:
     """The normalisation that ends in this node, its affine included; None where it is none of the known spellings."""
-    return _native(node) or _written_rms(node) or _written_affine(node)
+    return _native(node) or _written(node) or _written_affine(node)
 
 
 def _native(node: fx.Node) -> Norm | None:
@@ -86,49 +85,13 @@ def _product(sizes) -> int | None:
     return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else None
 
 
-_SQUARES = (aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default)
-_ADDS = (aten.add.Tensor, aten.add.Scalar)
-
-
-def _written_rms(node: fx.Node) -> Norm | None:
-    """x * rsqrt(mean(x * x, -1) + eps) or x / sqrt(mean(x * x, -1) + eps)."""
-    operands = node.all_input_nodes
-    if len(operands) != 2:
+def _written(node: fx.Node) -> Norm | None:
+    found = as_written(node)
+    if found is None:
         return None
-    if is_call(node, aten.mul.Tensor):
-        sides, root = [operands, operands[::-1]], aten.rsqrt.default
-    elif is_call(node, aten.div.Tensor):
-        sides, root = [operands], aten.sqrt.default
-    else:
-        return None
-    for x, scale in sides:
-        calls, passed = _descend(scale, (root,), _ADDS, (aten.mean.dim,), _SQUARES)
-        if calls is None:
-            continue
-        _, add, mean, square = calls
-        eps, run, dims = number(add.args[1]), shape(x)[-1], argument(mean, 1, "dim")
-        over_last = len(dims) == 1 and dims[0] in (-1, len(shape(square)) - 1) and argument(mean, 2, "keepdim", False)
-        factors = [x, x] if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2 else list(square.args)
-        of_x = all(isinstance(f, fx.Node) and look_through(f) is look_through(x) for f in (square.args[0], *factors))
-        if eps is not None and over_last and of_x and isinstance(run, int):
-            name = "rms_norm (written out)"
-            return Norm(node, x, name, run, float(eps), True, (node, *passed), period=run)
-    return None
-
-
-def _descend(node: fx.Node, *steps: tuple) -> tuple[list[fx.Node] | None, list[fx.Node]]:
-    """From call to call along first arguments, through casts; the call of each step, and all that was passed."""
-    calls, passed = [], []
-    for targets in steps:
-        while is_cast(node):
-            passed.append(node)
-            node = node.all_input_nodes[0]
-        if not is_call(node, *targets):
-            return None, passed
-        calls.append(node)
-        passed.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return calls, passed
+    name = f"{'rms' if found.rms else 'layer'}_norm (written out)"
+    run: int = shape(node)[-1]  # type: ignore[assignment]
+    return Norm(node, found.x, name, run, found.eps, found.rms, tuple(found.interior), period=run)
 
 
 def _written_affine(node: fx.Node) -> Norm | None:

@@ -115,6 +115,11 @@ FUSED = {
         1,
         "rms_norm (written out) * u",
     ),
+    "layer norm written out": (
+        lambda m, a, u: u * ((a - a.mean(1, True)) / (a.var(1, unbiased=False, keepdim=True) + EPS).sqrt() * m.weight),
+        1,
+        "layer_norm (written out) * u",
+    ),
     "affine written out": (
         lambda m, a, u: u * (F.layer_norm(a, (W,), eps=EPS) * m.weight + m.bias),
         1,
