@@ -26,6 +26,7 @@ PARAMETERS = (
     "num_groups",
     "rms",
     "activation",
+    "gate_first",
     "concat_u",
     "concat_x",
     "concat_norm",
@@ -33,8 +34,8 @@ PARAMETERS = (
     "out_dtype",
 )
 GATE_SCHEMA = (
-    "Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, "
-    "str activation, bool concat_u, bool concat_x, bool concat_norm, float dropout_ratio, ScalarType out_dtype"
+    "Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, str activation, "
+    "bool gate_first, bool concat_u, bool concat_x, bool concat_norm, float dropout_ratio, ScalarType out_dtype"
 )
 SCHEMA = f"Tensor a, Tensor u, {GATE_SCHEMA}"
 torch.library.define("hstu_compile::norm_gate_dropout", f"({SCHEMA}) -> Tensor")
@@ -55,13 +56,15 @@ def norm_gate_dropout(
     num_groups: int = 1,
     rms: bool = False,
     activation: str = "none",
+    gate_first: bool = False,
     concat_u: bool = False,
     concat_x: bool = False,
     concat_norm: bool = False,
     dropout_ratio: float = 0.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dropout(cat[u, a, norm(a), norm(a) * activation(u)]); the first three only where asked for.
+    """dropout(cat[u, a, norm(a), norm(a) * activation(u)]); the first three only where asked for. Or, if gate_first,
+    norm(a * activation(u)) in the last place.
 
     Computed in fp32 (fp64 if an operand is), rounded once, to out_dtype.
 
@@ -74,7 +77,9 @@ def norm_gate_dropout(
         num_groups: 1 normalises the whole row (layer norm), H each head (group norm).
         rms: divide by the root mean square; do not centre.
         activation: of u in the product: "none", "silu" or "sigmoid". The concatenated u is u itself.
-        concat_u, concat_x, concat_norm: what stands before the product in a row of the output.
+        gate_first: the product is normalised, not a.
+        concat_u, concat_x, concat_norm: what stands before the last piece in a row of the output (norm(a) not if
+            gate_first).
         dropout_ratio: in [0, 1).
         out_dtype: default the dtype of a.
 
@@ -94,6 +99,7 @@ def norm_gate_dropout(
         num_groups,
         rms,
         activation,
+        gate_first,
         concat_u,
         concat_x,
         concat_norm,
@@ -133,6 +139,8 @@ def _check(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, see
     if seed is not None:
         _expect(tuple(seed.shape) == (1,) and seed.dtype == torch.int64, "seed", seed, "one int64, of shape [1]")
         _expect(seed.device == a.device, "the device of seed", seed.device, f"that of a, {a.device}")
+    normalised = not (named["gate_first"] and named["concat_norm"])
+    _expect(normalised, "concat_norm", True, "False with gate_first: a is not normalised")
     _expect(named["activation"] in ACTIVATIONS, "activation", named["activation"], f"one of {', '.join(ACTIVATIONS)}")
 
 

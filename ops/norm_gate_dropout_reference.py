@@ -4,6 +4,8 @@ The dropout mask is a pure function of the seed and of an element's place (Philo
 "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the same function as in the kernel: bit for bit the same mask.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,7 @@ def norm_gate_dropout_reference(
     num_groups: int,
     rms: bool,
     activation: str,
+    gate_first: bool,
     concat_u: bool,
     concat_x: bool,
     concat_norm: bool,
@@ -107,8 +110,9 @@ def norm_gate_dropout_reference(
     T, width = a.shape[0], a.shape[1:].numel()
     grouped = (T, num_groups, width // num_groups)
     x, g = (t.reshape(T, width).view(grouped).to(dtype) for t in (a, u))  # pieces can be viewed as rows again
-    norm = _affine(_normalised(x, norm_eps, rms)[0], weight, bias)
-    pieces = [(concat_u, g), (concat_x, x), (concat_norm, norm), (True, norm * _activated(g, activation))]
+    gate = _activated(g, activation)
+    norm = _affine(_normalised(x * gate if gate_first else x, norm_eps, rms)[0], weight, bias)
+    pieces = [(concat_u, g), (concat_x, x), (concat_norm, norm), (True, norm if gate_first else norm * gate)]
     kept = [
         (piece * keep_scale(seed, dropout_ratio, T, i, *grouped[1:], dtype)).view(T, width)
         for i, (wanted, piece) in enumerate(pieces)
@@ -129,6 +133,7 @@ def norm_gate_dropout_backward_reference(
     num_groups: int,
     rms: bool,
     activation: str,
+    gate_first: bool,
     concat_u: bool,
     concat_x: bool,
     concat_norm: bool,
@@ -145,12 +150,14 @@ def norm_gate_dropout_backward_reference(
     for i, piece in zip(wanted, dy.split(width, dim=1), strict=True):
         dpieces[i] = piece.reshape(grouped).to(dtype) * keep_scale(seed, dropout_ratio, T, i, *grouped[1:], dtype)
 
-    xhat, rstd = _normalised(x, norm_eps, rms)
-    dnorm = dpieces[GATED] * _activated(g, activation) + dpieces[NORM]
-    dgate = dpieces[GATED] * _affine(xhat, weight, bias)
+    gate = _activated(g, activation)
+    xhat, rstd = _normalised(x * gate if gate_first else x, norm_eps, rms)
+    dnorm: Any = dpieces[GATED] if gate_first else dpieces[GATED] * gate + dpieces[NORM]
     dxhat = dnorm if weight is None else dnorm * weight.to(dtype)
     mean = 0.0 if rms else dxhat.mean(-1, keepdim=True)
-    da = rstd * (dxhat - mean - xhat * (dxhat * xhat).mean(-1, keepdim=True)) + dpieces[1]
+    dnormed = rstd * (dxhat - mean - xhat * (dxhat * xhat).mean(-1, keepdim=True))  # of what is normalised
+    da = (dnormed * gate if gate_first else dnormed) + dpieces[1]
+    dgate = dnormed * x if gate_first else dpieces[GATED] * _affine(xhat, weight, bias)
     du = dgate * _activation_grad(g, activation) + dpieces[0]
     dweight = None if weight is None else (dnorm * xhat).sum(0).sum_to_size(weight.shape).to(weight.dtype)
     dbias = None if bias is None else dnorm.sum(0).sum_to_size(bias.shape).to(bias.dtype)

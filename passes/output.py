@@ -1,11 +1,12 @@
 """The second half of the layer: dropout(cat[u, a, norm(a) * act(u)]), up to the output projection, as one op.
 
-The anchor is a product norm(a) * u of two full tensors. Backwards it takes up the norm, the activation of u, and exact
-casts; forwards the concatenation, the dropout and the cast. Each step is optional. The projection and the residual stay
-ATen: cuBLAS runs them.
+The anchor is a product norm(a) * u of two full tensors, or a norm of a product a * u. Backwards it takes up the norm,
+the activation of u, and exact casts; forwards the concatenation, the dropout and the cast. Each step is optional. The
+projection and the residual stay ATen: cuBLAS runs them.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,7 @@ from hstu_compile.passes.zero_one import is_zero_or_one
 NAME = "output"
 
 PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 PRODUCTS = {aten.einsum.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default}
 
 
@@ -48,16 +50,20 @@ class Misfit(Exception):
 class Gate:
     """norm(x) * activation(u) and what follows it."""
 
-    product: fx.Node
+    product: fx.Node  # norm(x) * activation(u), or x * activation(u), which is normalised
     norm: Norm
     x: fx.Node
     u: fx.Node
     activation: str
-    between: list[fx.Node]  # from the norm (not included) to the product (not included)
-    chain: list[fx.Node]  # the product and what follows it, each the main input of the next
+    between: list[fx.Node]  # of norm and product, what is between the two; with the product if it is normalised
+    chain: list[fx.Node]  # the later of the two and what follows it, each the main input of the next
     concat: list[str] = field(default_factory=list)  # of "u", "x", "norm", in the order of the op
     width: int = 0  # of a row
     dropout_ratio: float = 0.0
+
+    @property
+    def gate_first(self) -> bool:
+        return self.chain[0] is not self.product
 
     @property
     def end(self) -> fx.Node:
@@ -67,16 +73,16 @@ class Gate:
 def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every gate of the graph; returns how many."""
     fused = 0
-    for product in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
-        try:
-            gate = _find(product)
-            if gate is not None:
-                kernel = _rewrite(gm.graph, gate)
-                report.add(Region(NAME, _in_words(gate), source_line(product), kernel=kernel))
-                fused += 1
-        except Misfit as misfit:
-            report.add(Region(NAME, "norm * gate", source_line(product), reason=str(misfit)))
-    _report_norms_after_the_gate(gm.graph, report)
+    for find, what in ((_find, "norm * gate"), (_find_gate_first, "norm of a gated value")):
+        for product in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+            try:
+                gate = find(product)
+                if gate is not None:
+                    kernel = _rewrite(gm.graph, gate)
+                    report.add(Region(NAME, _in_words(gate), source_line(product), kernel=kernel))
+                    fused += 1
+            except Misfit as misfit:
+                report.add(Region(NAME, what, source_line(product), reason=str(misfit)))
     return fused
 
 
@@ -107,6 +113,38 @@ def _find(product: fx.Node) -> Gate | None:
     return None
 
 
+def _find_gate_first(product: fx.Node) -> Gate | None:
+    """The norm of a product of an attention's output and a gate, after everything that is norm * gate."""
+    if len(product.args) != 2 or not real_users(product):
+        return None
+    for attended, other in (product.args, product.args[::-1]):
+        if not all(isinstance(n, fx.Node) and is_tensor(n) for n in (attended, other)):
+            return None
+        x = _path(attended)[1]  # type: ignore[arg-type]
+        if not _is_attended(x) or not same_shape(shape(other), shape(product)):  # type: ignore[arg-type]
+            continue
+        norm = _norm_of(product)
+        if norm is None:
+            return None
+        activation, u = _activation(other)  # type: ignore[arg-type]
+        between = [product, *_path(norm.x, narrowing=True)[0]]
+        gate = Gate(product, norm, x, u, activation, between, [norm.node])
+        _grow(gate)
+        _check_region(gate)
+        return gate
+    return None
+
+
+def _norm_of(value: fx.Node) -> Norm | None:
+    """The norm of a value, with all of its affine."""
+    near = [value]
+    for node in near:
+        if len(near) < 32:  # a norm written out has fewer calls
+            near += [user for user in real_users(node) if is_tensor(user) and user not in near]
+    norms = [norm for norm in map(as_norm, near) if norm and _path(norm.x, narrowing=True)[1] is value]
+    return max(norms, key=lambda norm: len(norm.interior), default=None)
+
+
 def _sizes(node: fx.Node) -> str:
     return str([str(n) for n in shape(node)]).replace("'", "")
 
@@ -134,6 +172,11 @@ def _activation(operand: fx.Node) -> tuple[str, fx.Node]:
     return found[0], _path(found[1])[1]
 
 
+def _applies(node: fx.Node, activation: str, u: fx.Node) -> bool:
+    found = as_activation(node)
+    return found is not None and found[0] == activation and _path(found[1])[1] is u
+
+
 def _check_origin(gate: Gate) -> None:
     """Inductor fuses a norm with pointwise calls before it, which our op would not; after attention it pays anyway."""
     x = gate.x
@@ -144,15 +187,25 @@ def _check_origin(gate: Gate) -> None:
 
 def _comes_from_attention(node: fx.Node) -> bool:
     """Following the main input from call to call leads to a product over the tokens."""
+    return any((is_call(n, *PRODUCTS) and len(shape(n)) > 2) or is_call(n, ATTENTION) for n in _main_inputs(node))
+
+
+def _is_attended(node: fx.Node) -> bool:
+    """It leads to an attention without a projection between."""
+    for n in _main_inputs(node):
+        if is_call(n, ATTENTION, *PROJECTIONS):
+            return is_call(n, ATTENTION)
+    return False
+
+
+def _main_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """The node, its main input, the main input of that."""
     for _ in range(32):
-        over_tokens = is_call(node, *PRODUCTS) and len(shape(node)) > 2
-        if over_tokens or is_call(node, torch.ops.hstu_compile.hstu_attention.default):
-            return True
+        yield node
         inputs = [n for n in node.all_input_nodes if is_tensor(n) or isinstance(value(n), (tuple, list))]
         if not inputs:
-            return False
+            return
         node = inputs[0]
-    return False
 
 
 def _grow(gate: Gate) -> None:
@@ -200,11 +253,13 @@ def _concat(gate: Gate, cat: fx.Node) -> list[str] | None:
         origin = _path(piece)[1]
         if not same_shape(shape(piece), shape(gate.end)):
             return None
+        if _applies(origin, gate.activation, gate.u):  # as in the product, by a call of its own
+            gate.activation, gate.u = "none", origin
         if origin is gate.u:
             names.append("u")
         elif origin is gate.x:
             names.append("x")
-        elif _path(piece, narrowing=True)[1] is gate.norm.node:
+        elif not gate.gate_first and _path(piece, narrowing=True)[1] is gate.norm.node:
             names.append("norm")
         else:
             return None
@@ -245,7 +300,7 @@ def _check_region(gate: Gate) -> None:
         cat = next(n for n in gate.chain if is_call(n, aten.cat.default))
         for piece in cat.all_input_nodes:
             inside.update(_path(piece, narrowing=True)[0])
-    for node in (*gate.norm.interior, *gate.between):
+    for node in {*gate.norm.interior, *gate.between} - {*gate.chain}:
         for user in real_users(node):
             if user not in inside:
                 raise Misfit(f"the normalised value has a second use: {user.target} at {source_line(user)}")
@@ -266,7 +321,7 @@ def _check_region(gate: Gate) -> None:
 
 def _in_words(gate: Gate) -> str:
     u = "u" if gate.activation == "none" else f"{gate.activation}(u)"
-    words = [f"{gate.norm.name} * {u}"]
+    words = [f"{gate.norm.name} of a * {u}" if gate.gate_first else f"{gate.norm.name} * {u}"]
     if gate.concat:
         words.append(f"cat[{', '.join({'u': 'u', 'x': 'a', 'norm': 'norm(a)'}[n] for n in gate.concat)}, .]")
     if gate.dropout_ratio:
@@ -317,6 +372,7 @@ def _rewrite(graph: fx.Graph, gate: Gate) -> str:
         "num_groups": gate.width // norm.run,
         "rms": norm.rms,
         "activation": gate.activation,
+        "gate_first": gate.gate_first,
         "concat_u": "u" in gate.concat,
         "concat_x": "x" in gate.concat,
         "concat_norm": "norm" in gate.concat,
@@ -352,16 +408,3 @@ def _output_shape(gate: Gate, call) -> list[int | fx.Node]:
                 raise Misfit(f"the output's shape {_sizes(gate.end)} is not one of its operands' sizes")
             sizes.append(call(aten.sym_size.int, *found))
     return sizes
-
-
-def _report_norms_after_the_gate(graph: fx.Graph, report: Report) -> None:
-    for target in (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            product = _path(node.all_input_nodes[0], narrowing=True)[1]
-            if not is_call(product, aten.mul.Tensor) or len(product.all_input_nodes) != 2:
-                continue
-            if all(same_shape(shape(n), shape(product)) for n in product.all_input_nodes) and any(
-                _comes_from_attention(n) for n in product.all_input_nodes
-            ):
-                reason = "the norm comes after the gate: norm(a * u), where the op computes norm(a) * u"
-                report.add(Region(NAME, "norm * gate", source_line(node), reason=reason))

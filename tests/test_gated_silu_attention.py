@@ -45,7 +45,14 @@ class Gate(NamedTuple):
 def gate(affine: str = "both", ratio: float = 0.0, dtype: torch.dtype = torch.float32, **given: Any) -> Gate:
     groups = given.get("num_groups", 1)
     weight, bias = (torch.randn(WU // groups, device=DEVICE) for _ in range(2))
-    named = {"norm_eps": 1e-5, "num_groups": 1, "rms": False, "activation": "silu", "concat_u": False}
+    named = {
+        "norm_eps": 1e-5,
+        "num_groups": 1,
+        "rms": False,
+        "activation": "silu",
+        "gate_first": False,
+        "concat_u": False,
+    }
     named |= {"concat_x": False, "concat_norm": False, "dropout_ratio": ratio, "out_dtype": dtype, **given}
     seed = torch.tensor([7], device=DEVICE) if ratio else None
     return Gate(named, weight if affine != "none" else None, bias if affine == "both" else None, seed)
@@ -132,8 +139,8 @@ def test_gates(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"rms": True}, {"concat_x": True, "concat_norm": True}, {"activation": "sigmoid", "concat_u": True},
-     {"ratio": 0.25, "concat_x": True}],
+    [{}, {"rms": True}, {"gate_first": True}, {"concat_x": True, "concat_norm": True},
+     {"activation": "sigmoid", "concat_u": True}, {"ratio": 0.25, "concat_x": True}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("order", ORDERS)

@@ -268,7 +268,14 @@ GATES: dict[str, tuple[tuple[int, ...] | None, dict[str, Any]]] = {
 def gate_inputs(rows: int, variant: str, device: str = "cpu", shift: int = 0) -> tuple[list, dict[str, Any]]:
     """dy, a, u, weight, bias, seed; u is a slice of a packed buffer."""
     shape, change = GATES[variant]
-    call = {"norm_eps": 1e-6, "num_groups": 1, "rms": False, "activation": "none", "dropout_ratio": 0.0}
+    call = {
+        "norm_eps": 1e-6,
+        "num_groups": 1,
+        "rms": False,
+        "activation": "none",
+        "gate_first": False,
+        "dropout_ratio": 0.0,
+    }
     call |= {name: False for name in ("concat_u", "concat_x", "concat_norm")}
     call |= {"out_dtype": torch.bfloat16, **change}
     pieces = 1 + sum(call[name] for name in ("concat_u", "concat_x", "concat_norm"))

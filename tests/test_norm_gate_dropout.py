@@ -44,6 +44,14 @@ VARIANTS: dict[str, tuple[dict, int, int, tuple[int, ...] | None]] = {
     "group norm, affine of every channel": ({"num_groups": 2}, 2, 32, (2, 32)),
     "Meta's concat": ({"concat_u": True, "concat_x": True, "num_groups": 2}, 2, 32, (2, 1)),
     "research concat": ({"concat_u": True, "concat_norm": True}, 2, 32, None),
+    "norm of the product": ({"gate_first": True}, 2, 32, (64,)),
+    "rms norm of the product per head": ({"gate_first": True, "rms": True, "num_groups": 3}, 3, 25, (25,)),
+    "concat, norm of the product": (
+        {"gate_first": True, "activation": "silu", "concat_u": True, "concat_x": True},
+        2,
+        32,
+        (64,),
+    ),
     "everything": (
         {"concat_u": True, "concat_x": True, "concat_norm": True, "activation": "silu", "rms": True},
         3,
@@ -58,13 +66,16 @@ def eager(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, opti
     """The same mathematics in the calls that people use, in the dtype of a."""
     a, u = a.flatten(1), u.flatten(1)
     groups = options.get("num_groups", 1)
-    x = a.view(a.shape[0], groups, -1)
+    gate = {"none": lambda t: t, "silu": F.silu, "sigmoid": torch.sigmoid}[options.get("activation", "none")](u)
+    first = options.get("gate_first", False)
+    x = (a * gate if first else a).view(a.shape[0], groups, -1)
     norm = F.rms_norm(x, x.shape[-1:], eps=EPS) if options.get("rms") else F.layer_norm(x, x.shape[-1:], eps=EPS)
     norm = norm if weight is None else norm * weight
     norm = (norm if bias is None else norm + bias).flatten(1)
-    gate = {"none": lambda t: t, "silu": F.silu, "sigmoid": torch.sigmoid}[options.get("activation", "none")](u)
     pieces = {"concat_u": u, "concat_x": a, "concat_norm": norm}
-    y = torch.cat([piece for name, piece in pieces.items() if options.get(name)] + [norm * gate], dim=1)
+    y = torch.cat(
+        [piece for name, piece in pieces.items() if options.get(name)] + [norm if first else norm * gate], dim=1
+    )
     return y if keep is None else y * keep.to(y.dtype)
 
 
@@ -90,7 +101,7 @@ def operands(variant: str, dtype: torch.dtype, layout: str = "packed") -> tuple[
 
 
 def all_options(options: dict, dtype: torch.dtype, dropout_ratio: float = 0.0) -> dict:
-    names = ("concat_u", "concat_x", "concat_norm", "rms")
+    names = ("concat_u", "concat_x", "concat_norm", "rms", "gate_first")
     default = {"num_groups": 1, "activation": "none", "norm_eps": EPS, **dict.fromkeys(names, False)}
     return {**default, **options, "dropout_ratio": dropout_ratio, "out_dtype": dtype}
 
@@ -249,6 +260,7 @@ def _parameters() -> tuple[str, ...]:
         ({"bias": torch.zeros(1, 1, 8)}, "the shape of bias is"),
         ({"dropout_ratio": 1.0}, "dropout_ratio is 1.0, expected in"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed is"),
+        ({"gate_first": True, "concat_norm": True}, "concat_norm is True, expected False with gate_first"),
         ({"activation": "relu"}, "activation is relu, expected one of none, silu, sigmoid"),
     ],
 )

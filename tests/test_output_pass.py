@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu_compile.capture import capture
+from hstu_compile.ops import hstu_attention
 from hstu_compile.ops.norm_gate_dropout_reference import keep_scale
 from hstu_compile.passes import attention, output, uvqk
 from hstu_compile.passes.report import Report
@@ -55,6 +56,12 @@ def upcast(m: Output, a: Tensor, u: Tensor, p: float = 0.0, concat: bool = False
     y = g * norm.view(-1, W)
     y = torch.cat([g, x, y], dim=1) if concat else y
     return F.dropout(y, p=p, training=m.training).to(a.dtype)
+
+
+def attended(a: Tensor) -> Tensor:
+    """[T, W], of one sequence."""
+    heads = a.reshape(1, -1, H, D)
+    return hstu_attention(heads, heads, heads, max_seq_len=T, alpha=0.3, scaling_seq_len=T).view(-1, W)
 
 
 def per_head(x: Tensor) -> Tensor:
@@ -119,6 +126,22 @@ FUSED = {
         lambda m, a, u: u * ((a - a.mean(1, True)) / (a.var(1, unbiased=False, keepdim=True) + EPS).sqrt() * m.weight),
         1,
         "layer_norm (written out) * u",
+    ),
+    "concat of silu(u), twice": (
+        lambda m, a, u: torch.cat([F.silu(u), n := layer_norm(m, a), n * F.silu(u)], -1),
+        3,
+        "layer_norm * u -> cat[u, norm(a), .]",
+    ),
+    "norm of the product": (lambda m, a, u: layer_norm(m, u * attended(a)), 1, "layer_norm of a * u"),
+    "norm of the product, written out": (
+        lambda m, a, u: rms(attended(a) * F.silu(u), m.weight),
+        1,
+        "rms_norm (written out) of a * silu(u)",
+    ),
+    "norm of the product per head": (
+        lambda m, a, u: F.dropout(F.layer_norm(per_head(attended(a) * u), (D,)).flatten(1), 0.5, training=False),
+        1,
+        "layer_norm of a * u",
     ),
     "affine written out": (
         lambda m, a, u: u * (F.layer_norm(a, (W,), eps=EPS) * m.weight + m.bias),
@@ -260,15 +283,10 @@ def test_autocast_rounds_where_the_projection_would():
     assert_within_budget(gm(*args), call(*args), reference, FORWARD)
 
 
-def attention_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    p = F.silu(torch.einsum("bnhd,bmhd->bhnm", q, k)) / 8
-    return torch.einsum("bhnm,bmhd->bnhd", p, v).reshape(-1, W)
-
-
 NEAR_MISSES = {
-    "norm after the gate": (
-        lambda a, u: F.layer_norm(attention_output(*[a.view(1, -1, H, D)] * 3) * u, (W,)),
-        "the norm comes after the gate",
+    "gated value escapes": (
+        lambda a, u: (F.layer_norm(p := attended(a) * u, (W,)), p),
+        "the normalised value has a second use",
     ),
     "normalised value escapes": (
         lambda a, u: ((n := F.layer_norm(a, (W,))) * u, n),

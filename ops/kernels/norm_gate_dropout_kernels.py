@@ -91,6 +91,7 @@ def forward_kernel(
     a, u, weight, bias, seed, y, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) % GROUPS
@@ -103,8 +104,8 @@ def forward_kernel(
     w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
 
-    norm = normalised(x, inside, norm_eps, WIDTH, RMS) * w + b
     gate, _ = activated(g, ACTIVATION)
+    norm = normalised(x * gate if GATE_FIRST else x, inside, norm_eps, WIDTH, RMS) * w + b
     PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
     out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
     if CONCAT_U:
@@ -116,7 +117,7 @@ def forward_kernel(
     if CONCAT_NORM:
         put(y, out, inside, norm, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
         out += GROUPS * WIDTH
-    put(y, out, inside, norm * gate, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
+    put(y, out, inside, norm if GATE_FIRST else norm * gate, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
@@ -124,6 +125,7 @@ def backward_kernel(
     dy, a, u, weight, bias, seed, da, du, shares, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale, du_row,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BUFFERS: tl.constexpr,
 ):  # fmt: skip
@@ -148,20 +150,25 @@ def backward_kernel(
         dgated = get(dy, last, inside, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
 
         gate, gate_grad = activated(g, ACTIVATION)
-        dnorm = dgated * gate
+        normed = x * gate if GATE_FIRST else x
+        dnorm = dgated if GATE_FIRST else dgated * gate
         if CONCAT_NORM:
             at = out + (CONCAT_U + CONCAT_X) * ROW_WIDTH
             dnorm += get(dy, at, inside, seed, 2, group, rows, threshold, scale, ROWS, BLOCK)
         dxhat = dnorm * w
         if not RMS:
-            mean, dmean = row_sums(x, dxhat)
-            x = tl.where(inside, x - (mean / WIDTH)[:, None], 0.0)
+            mean, dmean = row_sums(normed, dxhat)
+            normed = tl.where(inside, normed - (mean / WIDTH)[:, None], 0.0)
             dxhat -= (dmean / WIDTH)[:, None]
-        square, product = row_sums(x * x, dxhat * x)
+        square, product = row_sums(normed * normed, dxhat * normed)
         rstd = tl.where(rows < T, tl.rsqrt(square / WIDTH + norm_eps), 0.0)[:, None]
-        xhat = x * rstd
+        xhat = normed * rstd
         dx = rstd * (dxhat - xhat * (rstd * (product / WIDTH)[:, None]))
-        dg = dgated * (xhat * w + b) * gate_grad
+        if GATE_FIRST:
+            dg = dx * x * gate_grad
+            dx *= gate
+        else:
+            dg = dgated * (xhat * w + b) * gate_grad
         if CONCAT_U:
             dg += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
         if CONCAT_X:
