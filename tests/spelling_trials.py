@@ -180,7 +180,9 @@ def summary(outcomes: list[Outcome]) -> str:
     parts: list[tuple[str, list[Outcome], Callable[[Outcome], bool]]] = [
         ("attention", outcomes, lambda o: not o.recognised("attention")),
         ("mask in closed form", fused, lambda o: not o.closed_mask),
-        *((part, fused, lambda o, part=part: not o.recognised(part)) for part in ("uvqk", "output", "packed_gradient")),
+        ("uvqk", fused, lambda o: not o.recognised("uvqk")),
+        ("output", [o for o in fused if o.layer.is_gated], lambda o: not o.recognised("output")),
+        ("packed_gradient", fused, lambda o: not o.recognised("packed_gradient")),
     ]
     for part, among, missed in parts:
         misses = [o for o in among if missed(o)]

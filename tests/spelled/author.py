@@ -18,6 +18,12 @@ class Layer:
     dtype: str  # of parameters and x: "float32" or "bfloat16"
     mutation: str | None = None
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether it has a gate together with a norm."""
+        gate, norm = self.choices.get("gate"), self.choices.get("output norm of")
+        return gate == "norm(a * u)" or (gate not in (None, "no gate") and norm != "nothing")
+
 
 class Author:
     """Text so far: `setup` are the lines of __init__, `lines` those of forward.
