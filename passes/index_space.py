@@ -121,6 +121,8 @@ class IndexSpace:
         """A number: an int, float or bool itself, or the value of a SymInt (or of its node) under the chosen sizes."""
         if isinstance(value, fx.Node):
             value = value.meta["val"]
+        if isinstance(value, Tensor):
+            raise NotUnderstood("a number that is read from a tensor")
         if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return value
         number = value.node.expr.xreplace(self._symbols)

@@ -103,7 +103,11 @@ def test_only_the_asked_coordinates_are_computed():
 
 
 def test_unknown_ops_and_inputs_are_named_with_the_line():
-    for function, culprit in [(lambda x: x.sort().values, "getitem"), (lambda x: torch.rand(3) < x, "rand")]:
+    for function, culprit in [
+        (lambda x: x.sort().values, "getitem"),
+        (lambda x: torch.rand(3) < x, "rand"),
+        (lambda x: ids(3).repeat_interleave(x.long(), output_size=6) + 1, "a number that is read from a tensor"),
+    ]:
         gm = capture(function, torch.tensor([1.0, 2.0, 3.0]))
         with pytest.raises(NotUnderstood, match=culprit):
             evaluate_all(gm, (torch.tensor([1.0, 2.0, 3.0]),))
