@@ -1,7 +1,9 @@
 """Dynamo's graph, in whatever spelling its author chose, as one pre-dispatch ATen graph; and back into its place.
 
 What comes out is pre-autograd ATen in which `aten.layer_norm`, `aten.linear`, `aten.einsum`, `aten.silu` and
-`aten.dropout` are single nodes, sizes are symbolic, and autocast, grad mode and buffer mutation are kept.
+`aten.dropout` are single nodes, sizes are symbolic, and autocast, grad mode and buffer mutation are kept. The calls of
+a checkpointed region stand among the others, with the tags by which AOTAutograd's partitioner computes them again: a
+part of a layer may be checkpointed, and recognisers see the layer.
 """
 
 import contextlib
@@ -14,6 +16,8 @@ from torch import fx
 # Private, read in torch 2.11 and 2.13: `track_tensor_tree`, `get_proxy_mode` and `disable_proxy_modes_tracing` are
 # what torch's own higher-order ops record themselves with; `_pop_mode_temporarily` suspends the function mode by which
 # make_fx records autocast and grad mode.
+# `uid` numbers the checkpointed regions of a process.
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, uid
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
@@ -26,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.overrides import _pop_mode_temporarily
+from torch.utils.checkpoint import CheckpointPolicy
 
 from hstu_compile.passes import CALLS_OF_SUBGRAPHS
 from hstu_compile.passes.inplace import make_out_of_place
@@ -84,10 +89,8 @@ def _trace(gm: fx.GraphModule, inputs: list[Any] | tuple[Any, ...]) -> fx.GraphM
 
 
 class _Recorder(PropagateUnbackedSymInts):
-    """Runs Dynamo's graph under make_fx; higher-order calls are recorded as they are, not entered by dispatch.
-
-    (Dispatching `tag_activation_checkpoint` under pre_dispatch fails without a context_fn, and others lose metadata.)
-    """
+    """Runs Dynamo's graph under make_fx. Higher-order calls are recorded as they are, not entered by dispatch, in which
+    they lose metadata; but for checkpointed regions that leave nothing to choose: their body is run in their place."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -119,6 +122,8 @@ class _Recorder(PropagateUnbackedSymInts):
         if "example_value" not in self._node.meta:
             raise NotCaptured(f"{target} without an example value")
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        if target is tag_activation_checkpoint and "_checkpoint_context_fn" not in args[0].meta:
+            return self._run_checkpointed(args[0], args[1:], tracer.graph)
 
         def proxy(arg: Any) -> Any:
             if not isinstance(arg, fx.GraphModule):
@@ -134,6 +139,15 @@ class _Recorder(PropagateUnbackedSymInts):
             out.node.meta[key] = self._node.meta[key]
         result = self._node.meta["example_value"]
         return track_tensor_tree(result, out, constant=None, tracer=tracer)
+
+    def _run_checkpointed(self, body: fx.GraphModule, args: tuple, graph: fx.Graph) -> Any:
+        """Run the body, and tag its calls as the higher-order call would (torch 2.11, 2.13)."""
+        known, region = len(graph.nodes), next(uid)
+        result = _Recorder(body).run(*args)
+        for node in list(graph.nodes)[known:]:
+            node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+            node.meta.setdefault("ac_graph_id", region)  # of regions in it the inner one
+        return result
 
 
 def _trace_inside(body: fx.GraphModule, args: tuple) -> fx.GraphModule:

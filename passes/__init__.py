@@ -16,7 +16,8 @@ from hstu_compile.passes.report import Report
 
 NAMES = ("attention", "uvqk", "output", "packed_gradient", "table_lookup")
 
-# Calls whose body is an ordinary part of the model: it is captured and rewritten like the graph around it.
+# Calls whose body is an ordinary part of the model: it is captured and rewritten like the graph around it. Of
+# checkpointed regions only those with a context function: the others are captured as calls of the graph around them.
 CALLS_OF_SUBGRAPHS = (tag_activation_checkpoint, invoke_subgraph)
 
 

@@ -156,13 +156,14 @@ def is_parameter(node: fx.Node) -> bool:
 def insert_call(
     graph: fx.Graph, before: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node
 ) -> fx.Node:
-    """A new call before a node, with `meta["val"]` computed from its inputs and the source line of `like`."""
+    """A new call before a node, with `meta["val"]` computed from its inputs; on the source line, and in the
+    checkpointed region, of `like`."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs or {})
     values, named = map_arg((args, kwargs or {}), value)
     with _fake_mode(values, named, value(like), value(before)), enable_python_dispatcher(), torch.no_grad():
         node.meta["val"] = target(*values, **named)
-    for key in ("stack_trace", "nn_module_stack", "seq_nr"):
+    for key in ("stack_trace", "nn_module_stack", "seq_nr", "recompute", "ac_graph_id"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     return node

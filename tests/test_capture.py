@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from hstu_compile.capture import NotCaptured, capture, graft
 from hstu_compile.passes import parts
@@ -137,7 +137,7 @@ def test_casts_under_autocast_are_kept() -> None:
 
 @pytest.mark.parametrize("context_fn", [False, True])
 def test_checkpoint(context_fn: bool) -> None:
-    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.PREFER_RECOMPUTE
@@ -151,15 +151,34 @@ def test_checkpoint(context_fn: bool) -> None:
             return checkpoint(block, x, use_reentrant=False, **more) + 1
 
     gm = assert_same_as_eager(f, x, inputs=[x, *block.parameters()])
-    (call,) = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint)
-    outer, body = parts(gm)
-    assert outer is gm and ("_checkpoint_context_fn" in body.meta) == context_fn
+    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint)
+    assert len(calls) == context_fn  # what is recomputed, the context function says when it runs
+    body = list(parts(gm))[-1]
+    assert ("_checkpoint_context_fn" in body.meta) == context_fn
     (linear,) = body.graph.find_nodes(op="call_function", target=aten.linear.default)
     assert linear.meta["val"].dtype == torch.bfloat16  # the autocast around the call
     assert "block" in source_line(linear) or "self.uvqk" in source_line(linear)
 
 
-def test_checkpointed_twice_shares_one_body() -> None:
+def test_a_checkpointed_region_stands_in_its_graph() -> None:
+    """Its calls are tagged to be computed again, each region with its own number; what is around it is not."""
+    inner, outer, x = Block().eval(), Block().eval(), torch.randn(5, 8, requires_grad=True)
+
+    def nested(x: Tensor) -> Tensor:
+        return checkpoint(inner, outer(x), use_reentrant=False)
+
+    def f(x: Tensor) -> Tensor:
+        return checkpoint(nested, x.sin(), use_reentrant=False).cos()
+
+    gm = assert_same_as_eager(f, x, inputs=[x, *inner.parameters(), *outer.parameters()])
+    tags = {node.target: node.meta.get("recompute") for node in gm.graph.nodes if node.op == "call_function"}
+    assert tags[aten.sin.default] is None and tags[aten.cos.default] is None
+    assert tags[aten.linear.default] == CheckpointPolicy.PREFER_RECOMPUTE
+    first, second = (n.meta["ac_graph_id"] for n in gm.graph.find_nodes(op="call_function", target=aten.linear.default))
+    assert first != second
+
+
+def test_checkpointed_twice() -> None:
     block, x = Block().eval(), torch.randn(5, 8, requires_grad=True)
 
     def f(x: Tensor) -> Tensor:

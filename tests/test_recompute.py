@@ -137,6 +137,18 @@ def test_a_checkpointed_layer_saves_nothing(inductor: Compiled) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.values, plain.values, strict=True))
 
 
+def test_a_checkpointed_projection_is_not_saved(inductor: Compiled) -> None:
+    """The layer is recognised as a whole, and of norm, projection and silu of u only x is held, as with recompute."""
+    layer = LAYERS["meta_stu"]
+    model = MODELS["meta_stu checkpointed"].model
+    explanation = hstu_compile.explain(model(), *layer.arguments)
+    assert [len(report.recognised("uvqk")) for report in explanation.reports] == [1]
+    theirs = step(Layer(model, layer.arguments, 0, 0, 0), {}, inductor)
+    ours = step(layer, UVQK, inductor)
+    assert theirs.saved <= ours.saved and theirs.calls == ours.calls
+    assert all(torch.equal(a, b) for a, b in zip(theirs.values, ours.values, strict=True))
+
+
 def test_own_joint_passes_run_too(inductor: Compiled) -> None:
     class Own(CustomGraphPass):
         calls = 0

@@ -102,6 +102,7 @@ MODELS: dict[str, Case] = {
     ),
     "meta_stu plain": Case(lambda: MetaSTU(targets=False), with_targets, says=("causal; jagged",)),
     "meta_stu group norm": Case(lambda: MetaSTU(group_norm=True), with_targets, says=("causal",)),
+    "meta_stu checkpointed": Case(lambda: MetaSTU(checkpointed=True), with_targets, says=("causal", "targets")),
     "meta_stu stack": Case(lambda: Stack(MetaSTU(), MetaSTU(contextual=2)), with_targets, regions=2),
     "nvidia_native": Case(NvidiaNative, with_contextuals, says=("groups of 2", "contextual rows", "divisor 64")),
     "research": Case(ResearchHSTU, with_timestamps, says=("mask tensor", "bias"), layout="dense", dynamic=False),

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tests.fbgemm_stand_ins  # noqa: F401
 
@@ -51,11 +52,14 @@ class MetaSTU(nn.Module):
         group_norm: bool = False,
         dropout: float = 0.0,
         attn_dropout: float = 0.0,
+        checkpointed: bool = False,
     ):
+        """checkpointed: norm, projection, silu and split are computed again in the backward, and nothing else."""
         super().__init__()
         self.heads, self.hidden, self.attn = num_heads, hidden_dim, attn_dim
         self.targets, self.window, self.contextual, self.min_full = targets, window, contextual, min_full
         self.group_norm, self.dropout, self.attn_dropout = group_norm, dropout, attn_dropout
+        self.checkpointed = checkpointed
         self.alpha = 1.0 / attn_dim**0.5
         width = 2 * num_heads * (hidden_dim + attn_dim)
         self.uvqk_weight = nn.Parameter(torch.randn(embedding_dim, width) / embedding_dim**0.5)
@@ -91,14 +95,17 @@ class MetaSTU(nn.Module):
         )
 
     def forward(self, x: Tensor, offsets: Tensor, max_seq_len: int, num_targets: Tensor) -> Tensor:
+        u, q, k, v = checkpoint(self.project, x, use_reentrant=False) if self.checkpointed else self.project(x)
+        a = self.attend(q, k, v, offsets, max_seq_len, num_targets if self.targets else None)
+        return self.output(a.view(-1, self.heads * self.hidden), u, x)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         heads, hidden, attn = self.heads, self.hidden, self.attn
         normed = F.layer_norm(x, (x.shape[-1],), self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype), 1e-6)
         uvqk = torch.addmm(self.uvqk_beta.to(x.dtype), normed, self.uvqk_weight.to(x.dtype))
         u, v, q, k = torch.split(uvqk, [hidden * heads, hidden * heads, attn * heads, attn * heads], dim=1)
         u = F.silu(u)
-        q, k, v = q.view(-1, heads, attn), k.view(-1, heads, attn), v.view(-1, heads, hidden)
-        a = self.attend(q, k, v, offsets, max_seq_len, num_targets if self.targets else None)
-        return self.output(a.view(-1, heads * hidden), u, x)
+        return u, q.view(-1, heads, attn), k.view(-1, heads, attn), v.view(-1, heads, hidden)
 
     def output(self, a: Tensor, u: Tensor, x: Tensor) -> Tensor:
         heads, hidden, dtype = self.heads, self.hidden, x.dtype
