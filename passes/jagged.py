@@ -2,7 +2,6 @@
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -25,13 +24,12 @@ class Padded:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """[B, N, D] -> [T, D]; `result` is the node that holds the values."""
+    """[B, N, D] -> [T, D]; `result` is the node that holds the values. T is as the code says, or as the offsets do."""
 
     node: fx.Node
     result: fx.Node
     dense: fx.Node
     offsets: fx.Node
-    total: Any  # None: as many as the offsets say, known only at run time
 
 
 def _name(node: fx.Node) -> str:
@@ -53,14 +51,14 @@ def as_unpadded(node: fx.Node) -> Unpadded | None:
     """The call that makes a padded tensor jagged."""
     if _name(node) not in _UNPAD:
         return None
-    dense, offsets, total = (argument(node, i, name) for i, name in enumerate(("dense", "x_offsets", "total_L")))
+    dense, offsets = (argument(node, i, name) for i, name in enumerate(("dense", "x_offsets")))
     result = node
     if not _name(node).endswith("_forward"):
         values = _parts(node, 0)
         if len(values) != 1 or _parts(node, 1):
             return None
         (result,) = values
-    return Unpadded(node, result, dense, offsets[0], total) if len(offsets) == 1 else None
+    return Unpadded(node, result, dense, offsets[0]) if len(offsets) == 1 else None
 
 
 def read_offsets_at_their_source(graph: fx.Graph) -> None:

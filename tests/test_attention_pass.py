@@ -101,6 +101,36 @@ def test_models_are_fused_and_keep_their_numbers(name: str) -> None:
     assert all(attention.run(gm, Report()) == 0 for gm in rewriter.graphs), "the second application found something"
 
 
+def test_an_output_as_long_as_the_offsets_say() -> None:
+    """Without a total length T is read from the data: known to be that of x where the code joins the two."""
+    case, rewriter = MODELS["research"], Rewriter()
+    model = case.model()
+    compiled = torch.compile(model, backend=rewriter)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for batch in (3, 4, 5):
+            assert_same_numbers(model, compiled, case.arguments(batch))
+    assert rewriter.fused == len(rewriter.graphs) <= 2, "a graph break, or another token count compiled again"
+    assert all("; jagged;" in region.what for region in rewriter.report.fused())
+    assert not rewriter.calls(torch.ops.fbgemm.dense_to_jagged.default), "the wait for T is still there"
+
+
+def test_an_output_of_unknown_length_stays_dense() -> None:
+    class Alone(nn.Module):
+        """Nothing else has the output's T."""
+
+        def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+            q, k, v = (fbgemm.jagged_to_padded_dense(t, [offsets], [12]) for t in x.chunk(3, 1))
+            a = torch.nn.functional.silu(q @ k.mT).tril() @ v / 12
+            return fbgemm.dense_to_jagged(a, [offsets])[0]
+
+    fbgemm, model, rewriter = torch.ops.fbgemm, Alone(), Rewriter()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, backend=rewriter, dynamic=True)
+        assert_same_numbers(model, compiled, (torch.randn(15, 24), torch.tensor([0, 7, 15])))
+    assert rewriter.fused == len(rewriter.graphs) == 1 and "; dense;" in rewriter.said()
+    assert rewriter.calls(torch.ops.fbgemm.dense_to_jagged.default)
+
+
 MISSES = {
     "softmax": "softmax, not silu",
     "gelu": "gelu, not silu",
