@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Model(nn.Module):
         return F.silu(y) * F.dropout(y, 0.5, self.training) * scale
 
 
-def explain(model: nn.Module, *args: Tensor, **kwargs: float) -> Explanation:
+def explain(model: Callable, *args: Tensor, **kwargs: float) -> Explanation:
     return hstu_compile.explain(model, *args, **kwargs, hstu_compile_options=ONLY)
 
 
@@ -51,6 +52,14 @@ def test_regions_lines_and_graph_breaks() -> None:
     assert (
         f"{__file__}:" in explanation.graph_breaks[0] and "torch._dynamo.graph_break()" in explanation.graph_breaks[0]
     )
+
+
+def test_a_graph_break_comes_with_what_to_do_about_it() -> None:
+    def model(x: Tensor) -> Tensor:
+        return F.silu(x[x > 0]) * 2
+
+    explanation = explain(model, torch.randn(3))
+    assert "Hint: " in explanation.graph_breaks[0] and "capture_dynamic_output_shape_ops" in explanation.graph_breaks[0]
 
 
 def test_what_did_not_fit_and_the_kernel() -> None:

@@ -72,8 +72,10 @@ def _not_compiled(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable:
 
 
 def _describe(reason: Any) -> str:
-    """First line of the reason, and the user's line."""
-    text = reason.reason.strip().splitlines()[0]
+    """The reason and Dynamo's first hint what to do about it, and the user's line."""
+    first, *more = (line.strip() for line in reason.reason.strip().splitlines())
+    hints = [line for line in more if line.startswith("Hint: ")]
+    text = ". ".join([first, *hints[:1]])
     frames = [frame for frame in reason.user_stack or [] if "/torch/" not in frame.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line} ({text})" if frames else text
 
