@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.arange_mask import RowScales
-from tests.models.dense_padded import FourLinears, KeyPadding, RelativeBias, SingleHead
+from tests.models.dense_padded import FourLinears, ItemPadding, KeyPadding, RelativeBias, SingleHead
 from tests.models.meta_stu import MetaSTU
 from tests.models.nvidia_native import NvidiaNative
 from tests.models.research import ResearchHSTU
@@ -90,6 +90,11 @@ def with_lengths(batch: int, seed: int = 0) -> tuple[Any, ...]:
     return dense(batch, seed), lengths_and_offsets(batch, seed)[0]
 
 
+def with_items(batch: int, seed: int = 0) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return dense(batch, seed), torch.randint(0, 4, (batch, MAX_SEQ_LEN), generator=generator)
+
+
 def with_mask(batch: int, seed: int = 0) -> tuple[Any, ...]:
     x, valid = with_valid(batch, seed)
     return x, torch.tril(torch.ones(MAX_SEQ_LEN, MAX_SEQ_LEN)) * valid[:, None], valid.sum(-1)
@@ -111,6 +116,7 @@ MODELS: dict[str, Case] = {
     ),
     "four linears": Case(FourLinears, with_valid, says=("mask tensor",), layout="dense"),
     "key padding": Case(KeyPadding, with_lengths, says=("causal", "lengths", "divisor 50"), layout="dense"),
+    "item padding": Case(ItemPadding, with_items, says=("mask tensor",), layout="dense"),
     "relative bias": Case(RelativeBias, with_mask, says=("mask tensor", "bias"), layout="dense"),
     "single head": Case(SingleHead, lambda batch, seed=0: (dense(batch, seed),), says=("causal",), layout="dense"),
     "row scales": Case(RowScales, jagged, says=("causal", "q scaled", "v scaled", "out scaled")),

@@ -59,6 +59,25 @@ class KeyPadding(nn.Module):
         return x + self.out(F.layer_norm(a, (e,)) * u)
 
 
+class ItemPadding(nn.Module):
+    """Padding is where an item is 0, wherever that is: a triangle of keys, for all heads and rows."""
+
+    def __init__(self, dim: int = 16, heads: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.uvqk = nn.Parameter(torch.randn(dim, 4 * dim) / dim**0.5)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, items: Tensor) -> Tensor:
+        b, n, e = x.shape
+        u, v, q, k = torch.split(F.silu(torch.matmul(F.layer_norm(x, [e], eps=1e-6), self.uvqk)), [e] * 4, dim=-1)
+        keep = torch.tril((items != 0).unsqueeze(1).unsqueeze(2).expand(-1, -1, n, -1))
+        q, k = q.view(b, n, self.heads, -1), k.view(b, n, self.heads, -1)
+        weights = F.silu(torch.einsum("bnhd,bmhd->bhnm", q, k)) / n * keep
+        a = torch.einsum("bhnm,bmhd->bnhd", weights, v.reshape(b, n, self.heads, -1)).reshape(b, n, e)
+        return self.out(u * F.layer_norm(a, [e], eps=1e-6)) + x
+
+
 class RelativeBias(nn.Module):
     """A learned bias per head by i - j, each sequence's true length as divisor, the mask passed in from outside."""
 
