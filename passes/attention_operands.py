@@ -140,7 +140,9 @@ def _name_batch_and_head(region: Region, found: list[Axis]) -> None:
         heads = [axis for axis in rest if axis not in dims[0][0]]
         batches = [axis for axis in rest if axis in dims[0][0]]
     else:
-        # A head stands beside its features before they are split; else the batch comes first.
+        # A head stands beside its features before they are split; else the batch comes first where q is made.
+        made = flat(dims[0])
+        rest.sort(key=lambda axis: made.index(axis) if axis in made else len(made))
         features = axes.resolve(((region.attn, region.hidden),))[0]
         groups = [group for operand in dims for group in operand if any(f in group for f in features)]
         heads = [axis for axis in rest if any(axis in group for group in groups)] or rest[1:]
