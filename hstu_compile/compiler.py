@@ -5,15 +5,18 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
+from hstu_compile.assumptions import offer_contents, while_they_hold
 from hstu_compile.capture import NotCaptured, capture, graft, placeholders
 from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
-from hstu_compile.passes import apply
+from hstu_compile.passes import apply, parts
+from hstu_compile.passes.contents import Content, withdraw
 from hstu_compile.passes.recompute import ROLES, SaveResults, cached_apart, recompute
 from hstu_compile.passes.recompute_budget import WithinBudget
 from hstu_compile.passes.report import Region, Report, source_line
@@ -47,15 +50,20 @@ def backend(
     given = {**(options or {}), **{name: value for name, value in kwargs.items() if name in KNOWN}}
     chosen, inductor = split(mode, given)
     inductor.update(kwargs.get("config_patches") or {})  # what Dynamo's own debug override passes
-    captured, original, report = rewrite(gm, chosen)
+    captured, original, assumed, report = rewrite(gm, example_inputs, chosen)
     _judge(gm, report, chosen)
     if captured is None:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor)
     else:
         # From the graft on, the captured graph belongs to Inductor.
         verified = original and functools.partial(verified_once, original, copy.deepcopy(captured))
+        unread = copy.deepcopy(gm) if assumed else None
         compiled = hand_over(captured, gm, example_inputs, chosen, inductor, report)
         compiled = verified(compiled) if verified else compiled
+        if unread is not None:
+            # There the model's tensors are arguments like others, and nothing is assumed of them.
+            again = functools.partial(backend, mode=mode, options=options, **kwargs)
+            compiled = while_they_hold(assumed, compiled, lambda: torch.compile(unread, backend=again))
     return validation.values_checked()(compiled) if chosen.debug_checks else compiled
 
 
@@ -101,25 +109,35 @@ def _reset() -> None:
 backend.reset = _reset  # type: ignore[attr-defined]
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, fx.GraphModule | None, Report]:
-    """The captured and rewritten graph (None when no pass fired), to verify it the graph as it was captured, and what
-    the passes decided. `gm` is left alone."""
-    captured, original, report = _rewrite(gm, options)
-    log.info("%s", report)
-    if captured is not None:
-        log.debug("%s", captured.print_readable(print_output=False))
-    return captured, original, report
+class Rewritten(NamedTuple):
+    """What the passes made of a graph and what they decided."""
+
+    graph: fx.GraphModule | None  # captured and rewritten; None when no pass fired
+    original: fx.GraphModule | None  # to verify it: the graph as it was captured
+    assumed: dict[int, Content]  # what it takes for granted of the inputs at these positions
+    report: Report
 
 
-def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, fx.GraphModule | None, Report]:
+def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Rewritten:
+    """Capture and passes; `gm` is left alone."""
+    result = _rewrite(gm, example_inputs, options)
+    log.info("%s", result.report)
+    if result.graph is not None:
+        log.debug("%s", result.graph.print_readable(print_output=False))
+    return result
+
+
+def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Rewritten:
     report = Report()
     try:
         captured = capture(gm)
         original = copy.deepcopy(captured) if options.verify else None
+        offer_contents(captured, gm, example_inputs)
         found = apply(captured, report, options.passes)
+        assumed = withdraw(part.graph for part in parts(captured))
         budgeted = options.recompute_budget is not None
         recompute(captured, ROLES if budgeted else _recomputed_roles(options), report, choose=budgeted)
-        return (captured if found else None), original, report
+        return Rewritten(captured if found else None, original, assumed, report)
     except NotCaptured as error:
         reason = str(error)
     except Exception as error:
@@ -128,7 +146,7 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | Non
         # Whatever goes wrong here must not break a model that Inductor can compile.
         log.exception("hstu_compile: a graph could not be rewritten and is compiled as Inductor would")
         reason = f"{type(error).__name__}: {error}"
-    return None, None, Report([Region("capture", "the whole graph", where(gm), reason)])
+    return Rewritten(None, None, {}, Report([Region("capture", "the whole graph", where(gm), reason)]))
 
 
 def _recomputed_roles(options: Options) -> set[str]:

@@ -11,6 +11,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
 from hstu_compile.passes.activation import as_silu
+from hstu_compile.passes.contents_inside import carry_inside
 from hstu_compile.passes.joined_parts import as_layout
 from hstu_compile.passes.report import Report
 
@@ -25,6 +26,7 @@ def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> i
     """Run the named passes in place, also inside checkpointed regions; returns how many regions were fused."""
     modules = [importlib.import_module(f"hstu_compile.passes.{name}") for name in NAMES if name in set(names)]
     fused = 0
+    carry_inside(gm.graph, [call for part in parts(gm) for call in _calls(part)], CALLS_OF_SUBGRAPHS)
     for part in parts(gm):
         as_layout(part.graph)
         as_silu(part.graph)
@@ -39,8 +41,12 @@ def parts(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     seen = [gm]
     for part in seen:
         yield part
-        for target in CALLS_OF_SUBGRAPHS:
-            for call in part.graph.find_nodes(op="call_function", target=target):
-                body = getattr(part, call.args[0].target)
-                if not any(body is other for other in seen):
-                    seen.append(body)
+        for _, body in _calls(part):
+            if not any(body is other for other in seen):
+                seen.append(body)
+
+
+def _calls(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
+    """The calls of checkpointed and nested regions, and their bodies."""
+    calls = [call for target in CALLS_OF_SUBGRAPHS for call in gm.graph.find_nodes(op="call_function", target=target)]
+    return [(call, getattr(gm, call.args[0].target)) for call in calls]

@@ -34,6 +34,7 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.jagged import read_offsets_at_their_source
+from hstu_compile.passes.mask_counts import counts, live_keys
 from hstu_compile.passes.mask_tile_states import with_tile_states
 from hstu_compile.passes.products import Labels, Product, as_product
 from hstu_compile.passes.report import Region, Report, source_line
@@ -109,17 +110,16 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
     scores = region.scores
     q = layout.operand(region.q, region.row, region.attn, weights.of_q)
     k = layout.operand(region.k, region.column, region.attn, weights.of_k)
-    v = layout.operand(region.v, region.column, region.hidden, weights.of_v)
     meaning = weights.meaning if isinstance(weights.meaning, MaskMeaning) else MaskMeaning(causal=False)
+    v = layout.operand(region.v, region.column, region.hidden, weights.of_v + live_keys(layout, meaning))
     mask, bias, states = attn_mask(layout, weights.masks), attn_bias(layout, weights.biases), None
     if mask is not None:
         mask, states = with_tile_states(mask, before)
-    counts = (meaning.seq_lengths, meaning.num_targets, meaning.num_contextuals)
     alpha = scores.alpha * region.q.factor * region.k.factor
     args = (
         *(q, k, v),
         layout.seq_offsets,
-        *(_flat(count, before) for count in counts),
+        *counts(layout, meaning),
         *(mask, bias, states),
         layout.max_seq_len,
         float(alpha),
@@ -139,12 +139,6 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
         NAME, _words(layout, weights, meaning, alpha), source_line(silu), kernel=_kernel(q, v, mask, bias)
     )
     return reported, _replace(layout, scaled)
-
-
-def _flat(count: fx.Node | None, before: fx.Node) -> fx.Node | None:
-    if count is None or len(shape(count)) == 1:
-        return count
-    return insert_call(before.graph, before, aten.reshape.default, (count, [-1]), like=before)
 
 
 def _replace(layout: Layout, out: fx.Node) -> set[fx.Node]:

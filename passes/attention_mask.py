@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from hstu_compile.passes.contents import assume
 from hstu_compile.passes.index_space_ops import NotUnderstood
 from hstu_compile.passes.mask_fit import Parameters, difference, fit
 from hstu_compile.passes.mask_inputs import Expression, Symbols, assignments
@@ -62,7 +63,7 @@ def _identify(region: Region) -> MaskMeaning | Opaque:
     free = [leaf for leaf in expression.leaves if leaf not in known]
     if len(free) > len(ROLES):
         return Opaque(f"it reads {len(free)} counts: {', '.join(leaf.name for leaf in free)}")
-    sizes = assignments(expression, region.batch_size, region.max_seq_len, region.num_heads)
+    sizes = _sizes(region, expression, known | dict(zip(free, ROLES, strict=False)))
     # A jagged region's lengths are known from its offsets: other lengths come last there, first in a dense one.
     jagged = region.seq_offsets is not None
     orders = sorted(itertools.permutations(ROLES, len(free)), key=lambda names: ("lengths" in names) == jagged)
@@ -76,12 +77,34 @@ def _identify(region: Region) -> MaskMeaning | Opaque:
         search = _Search(region, expression, known | trial, sizes)
         found = search.run()
         if isinstance(found, Parameters):
+            for buffer in expression.buffers:
+                assume(buffer)
             return _meaning(region, trial, found)
         near.append((found, search))
-    if not jagged and region.padding_matters and any(search.ignores_padded_rows() for _, search in near):
-        return Opaque("keys beyond the length are masked, but queries beyond it are not")
     closest, search = max(near, key=lambda pair: pair[0].cells)
     return Opaque(search.mismatch(closest.parameters))
+
+
+def _sizes(region: Region, expression: Expression, roles: Roles) -> list[Symbols]:
+    """Sizes to read the masks with: no longer than the buffers that they are cut from, and up to their very end."""
+
+    def choice(longest: int | None = None) -> list[Symbols]:
+        return assignments(expression, region.batch_size, region.max_seq_len, region.num_heads, longest)
+
+    def can_be_read(longest: int | None = None) -> bool:
+        reading = Reading(region, expression, choice(longest)[0], roles)
+        try:
+            reading.observe(reading.samples())
+        except NotUnderstood:
+            return False
+        return True
+
+    if expression.buffers and not can_be_read():
+        ends = {size for buffer in expression.buffers for size in buffer.meta["val"].shape}
+        for end in sorted(ends, reverse=True):
+            if end > 1 and can_be_read(end) and not can_be_read(end + 1):
+                return choice(end)
+    return choice()
 
 
 def _offsets_role(region: Region) -> Roles:
@@ -94,6 +117,8 @@ def _offsets_role(region: Region) -> Roles:
         return {region.seq_offsets: "offsets"}
     if len(expression.leaves) != 1:
         return {region.seq_offsets: "offsets"}
+    for buffer in expression.buffers:
+        assume(buffer)
     (leaf,) = expression.leaves
     return {leaf: "lengths" if expression.is_count(leaf) else "offsets"}
 
@@ -142,16 +167,6 @@ class _Search:
         cell = next(filter(None, self._differences(parameters)), "not everywhere")
         return f"it is none of the family: closest is {parameters.words}, but {cell}"
 
-    def ignores_padded_rows(self) -> bool:
-        """Whether only keys are masked by the lengths: the op has no such mask."""
-        if "lengths" not in self.roles.values():
-            return False
-        reading = self._reading(self.sizes[0])
-        samples = reading.samples()
-        if (reading.observe(samples).live & (samples.cols >= samples.of_sequence(samples.lengths))).any():
-            return False
-        return isinstance(replace(self, region=replace(self.region, padding_matters=False)).run(), Parameters)
-
     def _reading(self, symbols: Symbols) -> Reading:
         return Reading(self.region, self.expression, symbols, self.roles)
 
@@ -161,7 +176,7 @@ class _Search:
         choices = {
             name: [value, *(node for node in self.expression.scalars if value > 0 and sizes.scalar(node) == value)]
             for name, value in vars(parameters).items()
-            if not isinstance(value, bool)
+            if not isinstance(value, (bool, str))
         }
         for chosen in itertools.product(*choices.values()):
             yield replace(parameters, **dict(zip(choices, chosen, strict=True)))

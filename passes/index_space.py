@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from hstu_compile.passes.contents import content
 from hstu_compile.passes.index_space_ops import (
     PARTS,
     UNTAGGED_POINTWISE,
@@ -65,6 +66,8 @@ def is_understood(node: fx.Node) -> bool:
     """Whether a node's op is in the tables (its arguments may still turn out to be strange)."""
     if node.op == "get_attr" or is_scalar(node) or is_pointwise(node):
         return True
+    if node.op == "placeholder":
+        return content(node) is not None
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and op_name(source) in PARTS
@@ -173,11 +176,13 @@ class IndexSpace:
         return value.expand(*(shape[axis] for axis in axes), *value.shape[len(axes) :])
 
     def _evaluate(self, node: fx.Node, coords: Coords) -> Tensor:
-        _refuse_if_written(node)
+        refuse_if_written(node)
         if node in self._leaves:
             return self._leaves[node](coords)
         if node.op == "get_attr":
             return _constant(node)[coords]
+        if (known := content(node)) is not None:
+            return known.at(coords)
         if is_pointwise(node):
             return self._pointwise(node, coords)
         if node.target is operator.getitem:
@@ -215,7 +220,7 @@ def _constant(node: fx.Node) -> Tensor:
     return value.detach().cpu()
 
 
-def _refuse_if_written(node: fx.Node) -> None:
+def refuse_if_written(node: fx.Node) -> None:
     """An in-place op changes what later readers of a tensor, or of a view of it, see: when, can't be told here."""
     for user in node.users:
         if not isinstance(user.target, torch._ops.OpOverload) or op_name(user) == "detach_":
@@ -226,4 +231,4 @@ def _refuse_if_written(node: fx.Node) -> None:
                 raise NotUnderstood(f"{user.target} writes in place at {source_line(user)}")
         results = user.target._schema.returns
         if results and results[0].alias_info is not None:
-            _refuse_if_written(user)
+            refuse_if_written(user)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from hstu_compile.ops.attention_mask import attention_mask
-from hstu_compile.passes.mask_meaning import MaskMeaning, Scalar
+from hstu_compile.passes.mask_meaning import MaskMeaning, Padding, Scalar
 from hstu_compile.passes.mask_reading import Observed, Reading
 from hstu_compile.passes.mask_samples import Counts, Samples, all_cells
 
@@ -18,6 +18,7 @@ MOST_EDGES = 24  # of one kind: a mask of the family has a few
 class Parameters:
     """The family's numbers: under one choice of sizes, or (SymInt nodes) under all."""
 
+    padding: Padding
     causal: bool
     contextual_seq_len: Scalar
     max_attn_len: Scalar
@@ -41,21 +42,33 @@ class Sieved:
 
 def fit(reading: Reading) -> Sieved:
     samples = reading.samples()
-    return _sieve(reading, samples, reading.observe(samples), _edges(reading))
+    observed = reading.observe(samples)
+    return _sieve(reading, samples, observed, _padding(reading, samples, observed), _edges(reading))
+
+
+def _padding(reading: Reading, samples: Samples, observed: Observed) -> Padding:
+    """What the mask does beyond the lengths of a dense region."""
+    if reading.region.seq_offsets is None and reading.has("lengths"):
+        lengths = samples.of_sequence(samples.lengths)
+        if (observed.live & (samples.cols >= lengths)).any():
+            return "live"
+        if (observed.live & (samples.rows >= lengths)).any():
+            return "dead keys"
+    return "dead"
 
 
 def difference(reading: Reading, parameters: Parameters, samples: Samples) -> str | None:
     """The first cell in which the mask is not what the parameters say, in words."""
     observed = reading.observe(samples)
-    numbers = {name: reading.sizes.scalar(value) for name, value in vars(parameters).items()}
+    numbers: dict[str, Any] = {name: reading.sizes.scalar(value) for name, value in vars(parameters).items()}
     contextual_seq_len = numbers.pop("contextual_seq_len")
     lengths, targets, contextual = map(samples.of_sequence, (samples.lengths, samples.targets, samples.contextual))
-    expected = attention_mask(
+    expected = reading.family(
         samples.rows,
         samples.cols,
         lengths,
+        targets,
         contextual=contextual if reading.has("contextual") else contextual_seq_len,
-        num_targets=targets,
         **numbers,
     )
     wrong = (expected != observed.live) & observed.matters
@@ -102,12 +115,14 @@ def _edges(reading: Reading) -> dict[str, list[int]]:
     return {name: sorted(v for v in values if 0 < v < n - 1)[:MOST_EDGES] for name, values in edges.items()}
 
 
-def _sieve(reading: Reading, samples: Samples, observed: Observed, suggested: dict[str, list[int]]) -> Sieved:
+def _sieve(
+    reading: Reading, samples: Samples, observed: Observed, padding: Padding, suggested: dict[str, list[int]]
+) -> Sieved:
     """Drop the combinations of suggested values that disagree with a cell, on growing handfuls of cells."""
     contextual_seq_len, max_attn_len, min_full, group_size = (torch.tensor([0, *v]) for v in suggested.values())
     numbers = torch.cartesian_prod(contextual_seq_len, max_attn_len, min_full, group_size.clamp(min=1).unique())
     numbers = numbers[(numbers[:, 1] > 0) | (numbers[:, 2] == 0)]
-    shares = (True, False) if reading.has("targets") else (True,)
+    shares = (True, False) if reading.has("targets") or padding != "dead" else (True,)
     left = [(causal, share, numbers) for causal in (True, False) for share in shares]
 
     cells = observed.matters.nonzero()
@@ -124,13 +139,14 @@ def _sieve(reading: Reading, samples: Samples, observed: Observed, suggested: di
             contextual, window, full, group = numbers.unsqueeze(-1).unbind(1)
             if reading.has("contextual"):
                 contextual = c
-            expected = attention_mask(
+            expected = reading.family(
                 i,
                 j,
                 n,
+                t,
+                padding=padding,
                 causal=causal,
                 contextual=contextual,
-                num_targets=t,
                 target_group_size=group,
                 max_attn_len=window,
                 min_full_attn_seq_len=full,
@@ -144,5 +160,5 @@ def _sieve(reading: Reading, samples: Samples, observed: Observed, suggested: di
         left, agreed, size = remaining, min(agreed + size, len(cells)), size * 4
     by_features = [(causal, share, row) for causal, share, rows in left for row in rows.tolist()]
     by_features.sort(key=lambda found: sum(value > 0 for value in found[2]))
-    found = [Parameters(causal, c, w, m, g, share) for causal, share, (c, w, m, g) in by_features[:16]]
+    found = [Parameters(padding, causal, c, w, m, g, share) for causal, share, (c, w, m, g) in by_features[:16]]
     return Sieved(found, agreed, agreed == len(cells))

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from hstu_compile.passes.contents import content
 from hstu_compile.passes.index_space import (
     is_scalar,
     is_understood,
@@ -77,7 +78,9 @@ class Expression:
         """The whole numbers written in the expression, shapes aside."""
         found: set[int] = set()
         for node in self.nodes:
-            if node.op == "get_attr":
+            if (known := content(node)) is not None:
+                found |= known.numbers
+            elif node.op == "get_attr":
                 value = getattr(node.graph.owning_module, str(node.target), None)
                 if isinstance(value, Tensor) and value.numel() == 1:
                     found.add(int(value.item()))
@@ -101,6 +104,11 @@ class Expression:
         """Whether a constant tensor takes part, in which anything may be anywhere."""
         constants = [node for node in self.nodes if node.op == "get_attr"]
         return any(node.meta["val"].numel() > 64 for node in constants)
+
+    @cached_property
+    def buffers(self) -> list[fx.Node]:
+        """The inputs of which it is known what they hold."""
+        return [node for node in self.nodes if content(node) is not None]
 
     def _visit(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]]) -> dict[fx.Node, bool]:
         """Nodes read by `node`, itself included, and whether each is a leaf."""
@@ -126,9 +134,12 @@ class Expression:
         raise reason
 
 
-def assignments(expression: Expression, batch_size: Any, max_seq_len: Any, num_heads: Any) -> list[Symbols]:
+def assignments(
+    expression: Expression, batch_size: Any, max_seq_len: Any, num_heads: Any, longest: int | None = None
+) -> list[Symbols]:
     """Sizes to read a mask with. The first is long enough to show every edge; then the captured ones; then a short one.
 
+    longest: where buffers end that the mask is cut from; else it may have any length.
     No two symbols move in step, so that what holds for one of them only by coincidence doesn't hold in all.
     """
     nodes = [*expression.nodes, *expression.leaves]
@@ -145,9 +156,10 @@ def assignments(expression: Expression, batch_size: Any, max_seq_len: Any, num_h
         return [captured]
     moved = captured | {symbol: captured[symbol] + 3 + 2 * k for k, symbol in enumerate(sorted(free, key=str))}
     largest = max([*expression.numbers, *(moved[symbol] for symbol in free)])
-    long = moved | _solve(length, max(4 * largest + 16, MANY), moved)
+    long = moved | _solve(length, longest or max(4 * largest + 16, MANY), moved)
     least = max([0, *(number for number in expression.numbers if number < length.xreplace(captured))])
-    short = moved | _solve(length, FEW if least < FEW // 2 else least + FEW, moved)
+    few = FEW if least < FEW // 2 else least + FEW
+    short = moved | _solve(length, few if longest is None else min(few, longest - 1), moved)
     return [long, captured, short]
 
 

@@ -8,6 +8,9 @@ from torch import fx
 from torch.nn import functional as F
 
 Scalar = int | fx.Node  # a Python int, or a graph node whose value is a SymInt
+# What a dense mask does beyond the lengths: no rows and columns there; no columns, while rows attend to history; or
+# rows and columns there are like any other, and the lengths only tell where history ends.
+Padding = Literal["dead", "dead keys", "live"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,17 @@ class MaskTerm:
 
 @dataclass(frozen=True)
 class MaskMeaning:
-    """The mask as parameters of hstu_compile::hstu_attention (see ops/attention_mask.py for the formula).
+    """The mask in terms of hstu_compile::hstu_attention (see ops/attention_mask.py for the formula).
 
     Nodes are of the captured graph. seq_lengths, num_targets, num_contextuals: integer tensors of batch_size elements,
     1-D or with unit dimensions around it (reshape(-1) them). Scalars: int, or a SymInt node.
-    seq_lengths is only set for dense regions (`seq_offsets` None) where rows and columns beyond it are dead.
+    seq_lengths is only set for dense regions (`seq_offsets` None). Where it does not end the sequences (`padding`), all
+    tokens beyond history are the op's targets: max_seq_len - (seq_lengths - num_targets) of them.
     """
 
     causal: bool
     seq_lengths: fx.Node | None = None
+    padding: Padding = "dead"
     num_targets: fx.Node | None = None
     num_contextuals: fx.Node | None = None
     contextual_seq_len: Scalar = 0
@@ -51,7 +56,8 @@ class MaskMeaning:
         """For the report: "causal; targets: num_targets, groups of 2; contextual rows: 3; window 64"."""
         words = ["causal" if self.causal else "full"]
         if self.seq_lengths is not None:
-            words.append(f"padding by lengths: {self.seq_lengths.name}")
+            what = {"dead": "padding", "dead keys": "padding of keys", "live": "history"}[self.padding]
+            words.append(f"{what} by lengths: {self.seq_lengths.name}")
         if self.num_targets is not None:
             groups = "" if self.target_group_size == 1 else f", groups of {self.target_group_size}"
             words.append(f"targets: {self.num_targets.name}{groups}")

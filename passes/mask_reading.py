@@ -4,15 +4,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
+from hstu_compile.ops.attention_mask import attention_mask
 from hstu_compile.passes.index_space import IndexSpace
 from hstu_compile.passes.index_space_ops import ZERO, Coords, NotUnderstood
 from hstu_compile.passes.mask_inputs import Expression
-from hstu_compile.passes.mask_meaning import MaskTerm, silu_of_fill_is_zero
+from hstu_compile.passes.mask_meaning import MaskTerm, Padding, silu_of_fill_is_zero
 from hstu_compile.passes.mask_samples import Counts, Samples, sample, sample_counts
 
 Roles = dict[fx.Node, str]  # what an input holds: "lengths", "offsets", "targets", "contextual"
@@ -102,6 +104,16 @@ class Reading:
             live = live & _live(term, space.value(term.node, self._coords(term, samples)), matters)
         cells = torch.broadcast_shapes(lengths.shape, samples.rows.shape, samples.cols.shape)
         return Observed(live.expand(cells), matters.expand(cells))
+
+    def family(
+        self, rows: Tensor, cols: Tensor, lengths: Tensor, targets: Tensor, *, padding: Padding, **numbers: Any
+    ) -> Tensor:
+        """The mask that these numbers give: `attention_mask`, but for the padding."""
+        if padding == "dead":
+            return attention_mask(rows, cols, lengths, num_targets=targets, **numbers)
+        whole = torch.tensor(self.length)
+        live = attention_mask(rows, cols, whole, num_targets=whole - lengths + targets, **numbers)
+        return live & (cols < lengths) if padding == "dead keys" else live
 
     def _coords(self, term: MaskTerm, samples: Samples) -> Coords:
         """Where the sampled cells are in the term's own dimensions."""

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from hstu_compile.passes.axes import LAYOUT
+from hstu_compile.passes.contents import assume, content
 from hstu_compile.passes.graph import CASTS, COPIES, argument, aten, is_call, is_tensor, number, value
 
 _MOVES = {
@@ -37,10 +38,13 @@ _PRODUCTS = {
 
 
 def is_zero_or_one(node: Any) -> bool:
-    """True only where every element is 0 or 1, whatever the inputs of the graph are."""
+    """True only where every element is 0 or 1, whatever the inputs of the graph are that may change."""
     if not isinstance(node, fx.Node) or not is_tensor(node):
         return number(node) in (0, 1)
     if value(node).dtype == torch.bool or number(node) in (0, 1):
+        return True
+    if (known := content(node)) is not None and known.is_zero_or_one:
+        assume(node)
         return True
     if is_call(node, *_MOVES):
         return is_zero_or_one(node.args[0])

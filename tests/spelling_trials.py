@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import hstu_compile
 from hstu_compile import compiler
 from hstu_compile.passes import NAMES, apply
+from hstu_compile.passes.contents import offer
 from hstu_compile.passes.inplace import make_out_of_place
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
@@ -69,6 +70,8 @@ def through_trace(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Call, Re
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=False):
         if isinstance(value, nn.Parameter):
             node.meta["example_value"] = value
+        else:
+            offer(node, value)
     make_out_of_place(gm)
     report = Report()
     apply(gm, report, NAMES)
@@ -83,8 +86,8 @@ def through_dynamo(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Call, R
 
     def watched(*given: Any) -> Any:
         result = rewrite(*given)
-        graphs.append(result[0])
-        report.regions.extend(result[2].regions)
+        graphs.append(result.graph)
+        report.regions.extend(result.report.regions)
         return result
 
     compiled = torch.compile(module, backend=hstu_compile.backend)

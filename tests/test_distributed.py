@@ -114,7 +114,7 @@ def process(rank: int, folder: Path) -> None:
 
         def counted(*args: Any) -> Any:
             result = rewrite(*args)
-            regions.append(len(result[-1].fused("attention")))  # noqa: B023
+            regions.append(len(result.report.fused("attention")))  # noqa: B023
             return result
 
         def noted(*args: Any) -> None:

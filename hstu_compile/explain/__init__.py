@@ -48,7 +48,7 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
     explanation = Explanation()
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        captured, _, report = rewrite(gm, options)
+        captured, _, _, report = rewrite(gm, example_inputs, options)
         explanation.reports.append(report)
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
