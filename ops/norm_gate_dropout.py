@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_composite
+from hstu_compile.ops.implementation import implements
 from hstu_compile.ops.norm_gate_dropout_reference import (
     norm_gate_dropout_backward_reference,
     norm_gate_dropout_reference,
@@ -203,7 +204,7 @@ def _features(a: Tensor, u: Tensor, affine_and_seed: tuple, args: tuple) -> Hash
     )  # fmt: skip
 
 
-@torch.library.impl("hstu_compile::norm_gate_dropout_forward", ("CPU", "CUDA"))
+@implements("norm_gate_dropout_forward")
 def _forward(a, u, weight, bias, seed, *args):
     kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
@@ -214,7 +215,7 @@ def _forward(a, u, weight, bias, seed, *args):
     return out
 
 
-@torch.library.impl("hstu_compile::norm_gate_dropout_backward", ("CPU", "CUDA"))
+@implements("norm_gate_dropout_backward")
 def _backward_impl(dy, a, u, weight, bias, seed, *args):
     return norm_gate_dropout_gradients(dy, a, u, weight, bias, seed, args)
 
