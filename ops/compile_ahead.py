@@ -38,7 +38,7 @@ class OpCall(NamedTuple):
 
 
 def compile_ahead(calls: Iterable[OpCall], threads: int | None) -> None:
-    """Of calls of ops in IMPLEMENTATIONS on a GPU; does not wait. threads: at most so many (None: as many as pay)."""
+    """Of calls of ops in IMPLEMENTATIONS on a GPU; does not wait. threads: as for `compile_in_background`."""
     from hstu_compile.ops.kernels import ahead
 
     with _disable_current_modes(), FakeTensorMode(), ahead.rehearsal() as launches:

@@ -6,9 +6,9 @@ Python's lock.
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Rehearsed(NamedTuple):
 
 
 _rehearsed: ContextVar[list[Rehearsed] | None] = ContextVar("rehearsed", default=None)
-_pending: dict[int, list[Future]] = {}  # by the id of a kernel, which lives as long as its module
+_pending: dict[int, list[threading.Thread]] = {}  # by the id of a kernel, which lives as long as its module
 
 
 class Addresses(TorchFunctionMode):
@@ -72,17 +72,23 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
 
 def wait_for(kernel: Any) -> None:
     """Until all that is being compiled of the kernel has been, rather than to compile the same again."""
-    wait(_pending.get(id(kernel), ()))
+    for thread in _pending.get(id(kernel), ()):
+        thread.join()
     _pending.pop(id(kernel), None)
 
 
 def compile_in_background(launches: list[Rehearsed], threads: int | None) -> None:
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="hstu_compile")
+    """So many at a time; None: as there are processors. No two at a time that may be one and the same."""
+    alike: dict[tuple[int, str], list[Rehearsed]] = {}
     for launch in launches:
         with torch.cuda.device(launch.device):
             _prepare(launch.kernel)
-        _pending.setdefault(id(launch.kernel), []).append(executor.submit(_compile, launch))
-    executor.shutdown(wait=False)
+        alike.setdefault((id(launch.kernel), repr(launch.constants)), []).append(launch)
+    turns = threading.Semaphore(threads or os.cpu_count() or 1)
+    for (kernel, _), group in alike.items():
+        thread = threading.Thread(target=_compile, args=(group, turns), name="hstu_compile")
+        thread.start()
+        _pending.setdefault(kernel, []).append(thread)
 
 
 def _prepare(kernel: Any) -> None:
@@ -92,12 +98,15 @@ def _prepare(kernel: Any) -> None:
     _ = kernel.device_caches[triton.runtime.driver.active.get_current_device()], kernel.cache_key
 
 
-def _compile(launch: Rehearsed) -> None:
-    if not threading.main_thread().is_alive():  # the interpreter exits, and waits for this thread
-        return
-    try:
-        with torch.cuda.device(launch.device), Addresses():
-            compiled = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
-            triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)  # leaves it in the cache on disk
-    except Exception:  # the launch compiles again, and says what is wrong
-        log.debug("hstu_compile: a kernel was not compiled ahead", exc_info=True)
+def _compile(launches: list[Rehearsed], turns: threading.Semaphore) -> None:
+    for launch in launches:
+        with turns:
+            if not threading.main_thread().is_alive():  # the interpreter exits, and waits for this thread
+                return
+            try:
+                with torch.cuda.device(launch.device), Addresses():
+                    compiled = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
+                    # What it makes is left in the cache on disk.
+                    triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+            except Exception:  # the launch compiles again, and says what is wrong
+                log.debug("hstu_compile: a kernel was not compiled ahead", exc_info=True)
