@@ -1,6 +1,7 @@
 """What is compiled ahead is what the step then launches: no kernel less, and none more."""
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -80,7 +81,8 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture
-def runs(kernels: None, monkeypatch: pytest.MonkeyPatch) -> Runs:
+def runs(kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Runs:
+    caplog.set_level(logging.DEBUG, "hstu_compile")  # says what failed ahead
     seen, run = Runs(set(), set()), triton.runtime.JITFunction.run
 
     def watched(self: Any, *args: Any, warmup: bool, **keywords: Any) -> Any:
