@@ -16,7 +16,6 @@ from hstu_compile.capture import NotCaptured, capture, graft, placeholders
 from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
 from hstu_compile.passes import apply, parts
-from hstu_compile.passes.compile_ahead import CompileAhead
 from hstu_compile.passes.contents import Content, withdraw
 from hstu_compile.passes.recompute import ROLES, SaveResults, cached_apart, recompute
 from hstu_compile.passes.recompute_budget import WithinBudget
@@ -87,7 +86,7 @@ def hand_over(
     def own(name: str) -> Any:
         return inductor.get(name, getattr(config, name))
 
-    hooks: dict[str, Any] = {"joint_custom_pre_pass": SaveResults(own("joint_custom_pre_pass"), CompileAhead())}
+    hooks: dict[str, Any] = {"joint_custom_pre_pass": SaveResults(own("joint_custom_pre_pass"))}
     partitioner = None
     if options.recompute_budget is not None:
         partitioner = WithinBudget(options.recompute_budget, own("custom_partitioner_fn"))

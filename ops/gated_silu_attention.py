@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hstu_compile.ops.composite import register_composite
 from hstu_compile.ops.hstu_attention import PARAMETERS, SCHEMA
-from hstu_compile.ops.implementation import implements
 from hstu_compile.ops.norm_gate_dropout import GATE_SCHEMA, norm_gate_dropout_gradients
 from hstu_compile.ops.norm_gate_dropout import PARAMETERS as GATE_PARAMETERS
 from hstu_compile.ops.silu_attention import COLUMNS, COLUMNS_SCHEMA, check_call, fill_gradient
@@ -114,7 +113,7 @@ def _backward_fake(dy, a, x, *args):
     return x.new_empty(x.shape), *affine
 
 
-@implements("gated_silu_attention_backward")
+@torch.library.impl("hstu_compile::gated_silu_attention_backward", ("CPU", "CUDA"))
 def _backward(dy, a, x, *args):
     given = _split(args)
     x = x.contiguous()

@@ -10,7 +10,6 @@ from hstu_compile.ops import kernel_table
 from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_composite
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
-from hstu_compile.ops.implementation import implements
 from hstu_compile.ops.mask_tile_states import GRAIN
 from hstu_compile.ops.validation import check_attention_arguments, check_attention_values, checks_values
 
@@ -185,7 +184,7 @@ def for_reference(named: dict) -> dict:
     return named
 
 
-@implements("hstu_attention_forward")
+@torch.library.impl("hstu_compile::hstu_attention_forward", ("CPU", "CUDA"))
 def _forward(q, k, v, *args):
     kind = _kinds.kind(attention_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
@@ -196,7 +195,7 @@ def _forward(q, k, v, *args):
     return kind.kernel.forward(q, k, v, memory=kind.memory, **for_kernel(named))
 
 
-@implements("hstu_attention_backward")
+@torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
 def _backward_impl(dout, q, k, v, *args):
     args, needs_bias_grad = args[:-1], args[-1]
     kind = _kinds.kind(attention_features(q, k, v, args), q, k, v, args)

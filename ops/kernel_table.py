@@ -39,11 +39,6 @@ class Choice:
         return "; ".join((self.name, *self.declined))
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether a device has Triton kernels at all."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
 @functools.cache
 def choose_attention(
     device: torch.device, dtype: torch.dtype, attn_dim: int, hidden_dim: int, *, has_mask: bool, has_bias: bool

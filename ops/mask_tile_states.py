@@ -4,12 +4,11 @@ The attention kernels skip tiles by it. An op of its own, so that the layers of 
 the mask is read once, not by every kernel of every layer.
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from hstu_compile.ops.implementation import implements
-from hstu_compile.ops.kernel_table import has_kernels
 
 GRAIN = 32  # rows and columns of a tile: the smallest that a 16-bit kernel has; coarser ones are unions of these
 
@@ -67,10 +66,10 @@ def _fake(attn_mask):
     return attn_mask.new_empty(tile_states_shape(attn_mask), dtype=torch.uint8)
 
 
-@implements("mask_tile_states")
+@torch.library.impl("hstu_compile::mask_tile_states", ("CPU", "CUDA"))
 def _mask_tile_states(attn_mask):
     _check(attn_mask)
-    if has_kernels(attn_mask.device):
+    if attn_mask.is_cuda and importlib.util.find_spec("triton") is not None:
         from hstu_compile.ops.kernels.mask_occupancy import tile_states
 
         return tile_states(attn_mask, GRAIN)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_composite
-from hstu_compile.ops.implementation import implements
 from hstu_compile.ops.norm_gate_dropout_reference import (
     norm_gate_dropout_backward_reference,
     norm_gate_dropout_reference,
@@ -204,7 +203,7 @@ def _features(a: Tensor, u: Tensor, affine_and_seed: tuple, args: tuple) -> Hash
     )  # fmt: skip
 
 
-@implements("norm_gate_dropout_forward")
+@torch.library.impl("hstu_compile::norm_gate_dropout_forward", ("CPU", "CUDA"))
 def _forward(a, u, weight, bias, seed, *args):
     kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
@@ -215,7 +214,7 @@ def _forward(a, u, weight, bias, seed, *args):
     return out
 
 
-@implements("norm_gate_dropout_backward")
+@torch.library.impl("hstu_compile::norm_gate_dropout_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, a, u, weight, bias, seed, *args):
     return norm_gate_dropout_gradients(dy, a, u, weight, bias, seed, args)
 

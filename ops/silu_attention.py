@@ -21,7 +21,6 @@ from hstu_compile.ops.hstu_attention import (
     for_kernel,
     for_reference,
 )
-from hstu_compile.ops.implementation import implements
 from hstu_compile.ops.silu_attention_reference import silu_attention_backward_reference
 from hstu_compile.ops.validation import check_attention_values, check_slices, checks_values
 
@@ -105,7 +104,7 @@ def _features(dout: Tensor, u: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tenso
     return attention_features(q, k, v, args[:count]), *others, *args[count:]
 
 
-@implements("silu_attention_backward")
+@torch.library.impl("hstu_compile::silu_attention_backward", ("CPU", "CUDA"))
 def _backward(dout, du, x, q, k, v, *args):
     x = x.contiguous()
     dx = torch.empty_like(x)

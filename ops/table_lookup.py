@@ -5,12 +5,12 @@ Only the backward is an op of ours, `hstu_compile::table_grad`: millions of grad
 which as a scatter with atomics costs a hundred times the reading of the bytes.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from hstu_compile.ops.composite import register_composite
-from hstu_compile.ops.implementation import implements
-from hstu_compile.ops.kernel_table import has_kernels
 
 torch.library.define("hstu_compile::table_lookup", "(Tensor table, Tensor index) -> Tensor")
 torch.library.define("hstu_compile::table_grad", "(Tensor grad, Tensor index, SymInt table_size) -> Tensor")
@@ -105,10 +105,10 @@ def _table_grad_fake(grad, index, table_size):
     return grad.new_empty(table_size, *grad.shape[index.dim() :])
 
 
-@implements("table_grad")
+@torch.library.impl("hstu_compile::table_grad", ("CPU", "CUDA"))
 def _table_grad(grad, index, table_size):
     _check_grad(grad, index)
-    if has_kernels(grad.device):
+    if grad.is_cuda and importlib.util.find_spec("triton") is not None:
         from hstu_compile.ops.kernels.table_grad import table_grad as kernel
 
         return kernel(grad, index, table_size)

@@ -244,14 +244,6 @@ def total(sizes: Iterable[Size], hints: Mapping[sympy.Symbol, int]) -> int:
     return sum(int(e.xreplace({s: sympy.Integer(hints.get(s, 4096)) for s in e.free_symbols})) for e in exact)
 
 
-def at_hints(number: Any, hints: Mapping[sympy.Symbol, int]) -> Any:
-    """A symbolic number at these values of its symbols, of which none may be missing; anything else is itself."""
-    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
-        return number
-    exact = number.node.expr.xreplace({symbol: sympy.Integer(hint) for symbol, hint in hints.items()})
-    return int(exact) if isinstance(number, torch.SymInt) else float(exact)
-
-
 def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
     """The node in the given dtype; itself where it has it."""
     if value(node).dtype == dtype:

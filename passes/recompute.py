@@ -65,11 +65,11 @@ def candidate(node: fx.Node) -> Recomputed | None:
 class SaveResults(CustomGraphPass):
     """Of what a call to be saved is decomposed into, save the result alone: its steps may be in float32.
 
-    A pass over the joint graph, for Inductor's `joint_custom_pre_pass`; the user's own ones follow, and more of ours.
+    A pass over the joint graph, for Inductor's `joint_custom_pre_pass`; the user's own ones follow.
     """
 
-    def __init__(self, own: Any, *more: CustomGraphPass) -> None:
-        self.own = [*(own if isinstance(own, (list, tuple)) else [] if own is None else [own]), *more]
+    def __init__(self, own: Any) -> None:
+        self.own = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
 
     def __call__(self, graph: fx.Graph) -> None:
         saved = {node for node in graph.nodes if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE}

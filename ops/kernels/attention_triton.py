@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_compile.ops.kernels.ahead import launch_kernel
 from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
 from hstu_compile.ops.kernels.attention_triton_dbias import dbias_kernel, sharers_kernel
 from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, product_kernel
@@ -300,7 +299,7 @@ def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: An
     if programs == 0:
         return
     with torch.cuda.device_of(like):
-        launch_kernel(kernel, (programs,), **arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def rows_of(t: Tensor) -> Rows:

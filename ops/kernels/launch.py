@@ -19,8 +19,6 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu_compile.ops.kernels.ahead import is_rehearsal, launch_kernel
-
 ALIGNMENT = 16  # bytes: Triton compiles a kernel for pointers that are multiples of it, and another one for others
 MAX_SIZE = 2**31 - 1  # larger integers have another type in the kernel
 MAX_KNOWN = 256  # kinds of calls; sets of addresses that one launch's descriptors are encoded for
@@ -48,9 +46,7 @@ class Launch(NamedTuple):
 
     def __call__(self) -> Any:
         """Returns the compiled kernel; None where there is nothing to do."""
-        if not self.programs:
-            return None
-        return launch_kernel(self.kernel, (self.programs,), *self.arguments, **self.constants)
+        return self.kernel[(self.programs,)](*self.arguments, **self.constants) if self.programs else None
 
 
 class Place(NamedTuple):
@@ -196,7 +192,7 @@ def run(
     """
     device = tensors[0].device.index
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    again = memory is not None and not is_rehearsal() and may_relaunch(pointers, extent)
+    again = memory is not None and may_relaunch(pointers, extent)
     relaunches = memory.get(key) if again else None
     if relaunches and torch.cuda.current_device() == device:
         stream = triton.runtime.driver.active.get_current_stream(device)

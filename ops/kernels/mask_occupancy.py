@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_compile.ops.kernels.ahead import launch_kernel
-
 STRIP = 128  # columns of the mask that a program reads
 WIDTH = 128  # tiles that are listed at a time
 STEPS = ["batch_step", "head_step", "row_step", "col_step"]
@@ -108,8 +106,8 @@ def tile_states(mask: Tensor, grain: int) -> Tensor:
     states = torch.empty(B, H, tiles, tiles, dtype=torch.uint8, device=mask.device)
     if states.numel():
         with torch.cuda.device_of(mask):
-            grid, sizes = (B * H * tiles * strips,), {"GRAIN": grain, "STRIP": STRIP}
-            launch_kernel(tile_states_kernel, grid, mask, mask.stride(), states, N, H, **sizes, num_warps=4)
+            programs = (B * H * tiles * strips,)
+            tile_states_kernel[programs](mask, mask.stride(), states, N, H, GRAIN=grain, STRIP=STRIP, num_warps=4)
     return states
 
 
@@ -126,8 +124,9 @@ def occupied_tiles(mask: TiledMask, rows: int, cols: int) -> tuple[Tensor, Tenso
     visits = torch.empty(B, H, row_tiles, col_tiles, dtype=torch.int32, device=states.device)
     ranks = torch.empty(B, H, row_tiles, col_tiles + 1, dtype=torch.int32, device=states.device)
     if visits.numel():
-        arguments = (states, *states.stride(), visits, ranks, H, row_tiles, col_tiles, grains)
         sizes = {"ROWS": rows, "COLS": cols, "GRAIN": mask.grain, "WIDTH": WIDTH}
         with torch.cuda.device_of(states):
-            launch_kernel(list_tiles_kernel, (B * H * row_tiles,), *arguments, **sizes, num_warps=1)
+            list_tiles_kernel[(B * H * row_tiles,)](
+                states, *states.stride(), visits, ranks, H, row_tiles, col_tiles, grains, **sizes, num_warps=1
+            )
     return visits, ranks

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_compile.ops.kernels.ahead import launch_kernel
-
 UNROLL = 16  # loads in flight
 PROGRAMS = 2112  # 16 for each of the largest GPU's 132 multiprocessors
 SLICE = 512  # table rows of one program: larger tables are read once for every slice
@@ -73,8 +71,7 @@ def table_grad(grad: Tensor, index: Tensor, table_size: int) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     partial = grad.new_zeros(programs, slices, slice_rows, threads // padded, padded, dtype=dtype)
     if partial.numel() and grad.numel():
-        launch_kernel(
-            accumulate, (programs, slices),
+        accumulate[(programs, slices)](
             grad, index, partial, index.numel(), channels, table_size, slice_rows, triton.cdiv(steps, programs),
             CHANNELS=padded, THREADS=threads, UNROLL=UNROLL, num_warps=threads // 32,
         )  # fmt: skip
