@@ -3,7 +3,8 @@
 The content of a buffer (a causal mask, positions) is only known while it is compiled. The next call may bring another
 tensor, or the same one with other values. So: a tensor that autograd's version counter and its address say is the one
 that was looked at still holds; any other is compared first; where the content is another, the graph as it was before
-anything was read is compiled, and runs instead.
+anything was read is compiled, and runs instead. A write that the counter does not see (`.data`, a kernel of the user's)
+is found where the tensor is, without waiting for it, and stops the program: rather that than a wrong number.
 """
 
 import collections
@@ -22,6 +23,8 @@ from hstu_compile.ops import validation
 from hstu_compile.passes.contents import Content, content_of, offer
 
 log = logging.getLogger("hstu_compile")
+
+WRITTEN = "hstu_compile: a tensor of the model was written past autograd's version counter after it was compiled"
 
 
 def offer_contents(captured: fx.GraphModule, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -63,6 +66,7 @@ class _LookedAt:
     def __init__(self, content: Content) -> None:
         self._content = content
         self._states: Any = WeakTensorKeyDictionary()
+        self._values: Any = WeakTensorKeyDictionary()  # copies
         self._others: Any = WeakTensorKeyDictionary()
 
     def holds(self, tensor: Tensor) -> bool:
@@ -71,10 +75,16 @@ class _LookedAt:
         if tensor in self._others:
             return False  # its values are not what they were: it is not looked at each time they change
         state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
-        if state is None or self._states.get(tensor) != state or validation.checks_values(tensor.device):
+        may_wait = validation.checks_values(tensor.device)
+        if may_wait or state is None or self._states.get(tensor) != state or tensor not in self._values:
             if content_of(tensor) != self._content:
                 log.warning("hstu_compile: a tensor of the model changed, its content is no longer taken for granted")
                 self._others[tensor] = True
                 return False
             self._states[tensor] = state
+            if not may_wait:
+                self._values[tensor] = tensor.detach().clone()
+        else:
+            # Private; read in torch 2.11 and 2.13. It is recorded with a CUDA graph, and checks at each replay.
+            torch.ops.aten._assert_async.msg((tensor.detach() == self._values[tensor]).all(), WRITTEN)
         return True

@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -156,6 +159,45 @@ def test_what_is_written_past_the_version_counter_is_seen_where_values_are_check
     model.layers[0].causal.data[9, 4] = False
     assert_right(run, model)
     assert [closed(report) for report in reports] == [True, False]
+
+
+def test_what_is_written_past_the_version_counter_stops_the_program_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, reports: list[Report]
+) -> None:
+    """As on a GPU, where nobody waits for values."""
+    monkeypatch.setattr(assumptions.validation, "checks_values", lambda device: False)
+    model = Stack()
+    run = compiled(model)
+    for length in (12, 15):
+        assert_right(run, model, length)
+    model.layers[0].causal.data[9, 4] = False
+    with pytest.raises(RuntimeError, match="written past autograd's version counter"):
+        assert_right(run, model)
+
+
+ON_A_GPU = """
+import torch
+from test_assumptions import Stack, compiled
+model = Stack().cuda()
+run = compiled(model)
+x = torch.randn(2, 12, 16, device="cuda")
+for _ in range(3):
+    run(x)
+torch.cuda.synchronize()
+print("right so far", flush=True)
+model.layers[0].causal.data[9, 4] = False
+run(x)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_written_past_the_version_counter_stops_the_program_on_a_gpu() -> None:
+    """In a process of its own: what was asserted on a GPU leaves it unusable."""
+    paths = {"PYTHONPATH": f".:tests:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU], env=os.environ | paths, capture_output=True, text=True)
+    assert "right so far" in done.stdout and done.returncode != 0, done.stderr
+    assert "device-side assert" in done.stderr or "version counter" in done.stderr, done.stderr
 
 
 def test_what_stays_is_compared_once(reports: list[Report], comparisons: list) -> None:
