@@ -13,6 +13,9 @@ READY := $(VENV)/ready-torch-$(TORCH)
 endif
 
 export PYTHONPATH := .
+# As many test processes as there are cores, a thread each.
+PARALLEL := -n auto --maxprocesses 16 --dist worksteal
+test test-torch: export OMP_NUM_THREADS := 1
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # A lint tool that is not installed is skipped in the interpreter that is there, and an error in a .venv of ours.
 tool = if [ -n "$(READY)" ] || $(PYTHON) -c 'import $(1)' 2>/dev/null; then $(PYTHON) -m $(1) $(2); else echo "$(1): not installed, skipped"; fi
@@ -23,7 +26,7 @@ demo: $(READY)
 	$(PYTHON) -m bench.demo $(ARGS)
 
 test: lint
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(READY)
 	@$(call tool,ruff,check .)
@@ -37,7 +40,7 @@ format: $(READY)
 # The tests under another torch, with the triton that it brings and without fbgemm: make test-torch TORCH=2.15.0
 test-torch:
 	$(MAKE) .venv-torch-$(TORCH)/ready-torch-$(TORCH) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) EXTRAS=test,bench,dev
-	.venv-torch-$(TORCH)/bin/python -m pytest $(ARGS)
+	.venv-torch-$(TORCH)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(READY)
 	$(PYTHON) -m pytest bench $(ARGS)
