@@ -13,8 +13,8 @@ READY := $(VENV)/ready-torch-$(TORCH)
 endif
 
 export PYTHONPATH := .
-# As many test processes as there are cores, a thread each.
-PARALLEL := -n auto --maxprocesses 16 --dist worksteal
+# As many test processes as there are cores, a thread each; one process where pytest-xdist is not installed.
+PARALLEL = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses auto --maxprocesses 16 --dist worksteal)
 test test-torch: export OMP_NUM_THREADS := 1
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # A lint tool that is not installed is skipped in the interpreter that is there, and an error in a .venv of ours.
