@@ -4,9 +4,11 @@ A compiled graph has nothing left to differentiate: it calls the op of the forwa
 (20 us a call).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("hstu_compile", "FRAGMENT")
 
@@ -16,3 +18,15 @@ def register_composite(name: str, forward: Callable, with_autograd: Callable) ->
     _library.impl(name, forward, "CompositeImplicitAutograd")
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):  # the alias "Autograd" ranks below a composite
         _library.impl(name, with_autograd, key)
+
+
+def save_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
+    """Keep a Function's inputs, tensors and others, for its backward."""
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+def saved_inputs(ctx: Any) -> list[Any]:
+    """What `save_inputs` kept, in its order."""
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if value is None else value[0] for value in ctx.others]

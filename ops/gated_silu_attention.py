@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hstu_compile.ops.composite import register_composite
+from hstu_compile.ops.composite import register_composite, save_inputs, saved_inputs
 from hstu_compile.ops.hstu_attention import PARAMETERS, SCHEMA
 from hstu_compile.ops.norm_gate_dropout import GATE_SCHEMA, norm_gate_dropout_gradients
 from hstu_compile.ops.norm_gate_dropout import PARAMETERS as GATE_PARAMETERS
@@ -131,16 +131,13 @@ class _GatedSiluAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *inputs):
         a, y = _attention_and_gate(x, inputs)
-        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
-        ctx.save_for_backward(a, x, *(value for value in inputs if isinstance(value, Tensor)))
+        save_inputs(ctx, (a, x, *inputs))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        a, x, *saved = ctx.saved_tensors
-        tensors = iter(saved)
-        inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
+        a, x, *inputs = saved_inputs(ctx)
         dx, *affine = torch.ops.hstu_compile.gated_silu_attention_backward(dy, a, x, *inputs)
         grads = [None] * len(inputs)
         for at, grad in enumerate(affine, _WEIGHT):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hstu_compile.ops import kernel_table
 from hstu_compile.ops.call_kinds import Kinds
-from hstu_compile.ops.composite import register_composite
+from hstu_compile.ops.composite import register_composite, save_inputs, saved_inputs
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
 from hstu_compile.ops.mask_tile_states import GRAIN
 from hstu_compile.ops.validation import check_attention_arguments, check_attention_values, checks_values
@@ -213,21 +213,14 @@ def _backward_impl(dout, q, k, v, *args):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        tensors, ctx.others = [], []
-        for value in inputs:
-            is_tensor = isinstance(value, Tensor)
-            tensors.extend([value] if is_tensor else [])
-            ctx.others.append(None if is_tensor else (value,))
-        ctx.save_for_backward(*tensors)
+        save_inputs(ctx, inputs)
         return torch.ops.hstu_compile.hstu_attention_forward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
         needs_bias_grad = ctx.needs_input_grad[ATTN_BIAS]
-        dq, dk, dv, dbias = torch.ops.hstu_compile.hstu_attention_backward(dout, *inputs, needs_bias_grad)
+        dq, dk, dv, dbias = torch.ops.hstu_compile.hstu_attention_backward(dout, *saved_inputs(ctx), needs_bias_grad)
         grads = [dq, dk, dv] + [None] * len(PARAMETERS)
         if needs_bias_grad:
             grads[ATTN_BIAS] = dbias

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.call_kinds import Kinds
-from hstu_compile.ops.composite import register_composite
+from hstu_compile.ops.composite import register_composite, save_inputs, saved_inputs
 from hstu_compile.ops.hstu_attention import (
     PARAMETERS,
     SCHEMA,
@@ -129,16 +129,13 @@ def fill_gradient(
 class _SiluAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, u, *inputs):
-        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
-        ctx.save_for_backward(x, *(value for value in inputs if isinstance(value, Tensor)))
+        save_inputs(ctx, (x, *inputs))
         return _forward(x, u, *inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, du, dout):
-        x, *saved = ctx.saved_tensors
-        tensors = iter(saved)
-        inputs = [next(tensors) if value is None else value[0] for value in ctx.others]
+        x, *inputs = saved_inputs(ctx)
         dx = torch.ops.hstu_compile.silu_attention_backward(dout, du, x, *inputs)
         return dx, None, *(None for _ in inputs)
 

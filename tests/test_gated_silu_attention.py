@@ -18,13 +18,14 @@ from test_silu_attention import (
     W,
     attention,
     columns,
+    dense,
     input_of,
     jagged,
     slices,
 )
 from torch import Tensor
 
-from hstu_compile.ops import gated_silu_attention, hstu_attention, mask_tile_states, norm_gate_dropout
+from hstu_compile.ops import gated_silu_attention, hstu_attention, norm_gate_dropout
 from hstu_compile.ops.hstu_attention import PARAMETERS
 from hstu_compile.ops.norm_gate_dropout_reference import GATED, keep_scale
 
@@ -120,13 +121,7 @@ def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
 def test_dense(kind: str) -> None:
     torch.manual_seed(1)
-    call = attention(max_seq_len=33)
-    if kind == "lengths":
-        call["seq_lengths"] = torch.tensor([33, 0, 20], device=DEVICE)
-    elif kind == "mask tensor":
-        call["attn_mask"] = (torch.rand(3, 1, 33, 33, device=DEVICE) < 0.5).float()
-        call["mask_tile_states"] = mask_tile_states(call["attn_mask"])
-    check(input_of(33, torch.bfloat16, "dense"), "uvqk", call, gate())
+    check(input_of(33, torch.bfloat16, "dense"), "uvqk", dense(kind), gate())
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,16 @@ def jagged(**given: Any) -> dict[str, Any]:
     return attention(seq_offsets=offsets, max_seq_len=33, **given)
 
 
+def dense(kind: str) -> dict[str, Any]:
+    call = attention(max_seq_len=33)
+    if kind == "lengths":
+        call["seq_lengths"] = torch.tensor([33, 0, 20], device=DEVICE)
+    elif kind == "mask tensor":
+        call["attn_mask"] = (torch.rand(3, 1, 33, 33, device=DEVICE) < 0.5).float()
+        call["mask_tile_states"] = mask_tile_states(call["attn_mask"])
+    return call
+
+
 def input_of(total: int, dtype: torch.dtype, layout: str) -> Tensor:
     if layout == "strided":
         return torch.randn(total, W + 24, device=DEVICE).to(dtype)[:, 8 : W + 8]
@@ -107,13 +117,7 @@ def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
 def test_dense(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    call = attention(max_seq_len=33)
-    if kind == "lengths":
-        call["seq_lengths"] = torch.tensor([33, 0, 20], device=DEVICE)
-    elif kind == "mask tensor":
-        call["attn_mask"] = (torch.rand(3, 1, 33, 33, device=DEVICE) < 0.5).float()
-        call["mask_tile_states"] = mask_tile_states(call["attn_mask"])
-    check(input_of(33, dtype, "dense"), "uvqk", call)
+    check(input_of(33, dtype, "dense"), "uvqk", dense(kind))
 
 
 @pytest.mark.parametrize("order", ORDERS)
