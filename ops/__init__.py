@@ -5,18 +5,22 @@ if __name__ != "hstu_compile.ops":
         f"imported as {__name__!r}; import it as hstu_compile.ops (a second copy would register its ops twice)"
     )
 
+from hstu_compile.ops.append_kv import append_kv
 from hstu_compile.ops.gated_silu_attention import gated_silu_attention
 from hstu_compile.ops.hstu_attention import hstu_attention
 from hstu_compile.ops.mask_tile_states import mask_tile_states
 from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
+from hstu_compile.ops.paged_hstu_attention import paged_hstu_attention
 from hstu_compile.ops.silu_attention import silu_attention
 from hstu_compile.ops.table_lookup import table_grad, table_lookup
 
 __all__ = [
+    "append_kv",
     "gated_silu_attention",
     "hstu_attention",
     "mask_tile_states",
     "norm_gate_dropout",
+    "paged_hstu_attention",
     "silu_attention",
     "table_grad",
     "table_lookup",

@@ -30,3 +30,18 @@ def saved_inputs(ctx: Any) -> list[Any]:
     """What `save_inputs` kept, in its order."""
     tensors = iter(ctx.saved_tensors)
     return [next(tensors) if value is None else value[0] for value in ctx.others]
+
+
+def register_inference_only(name: str) -> None:
+    """`hstu_compile::name` has no gradient: an error says so where autograd would ask for one."""
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise RuntimeError(
+                f"hstu_compile::{name} has no gradient, and an input requires one; expected torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    op = getattr(torch.ops.hstu_compile, name).default
+    _library.impl(name, call, "Autograd")

@@ -36,7 +36,7 @@ def expect(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"hstu_attention: {name} is {value}, expected {expected}")
 
 
-def _same(actual, expected, name: str, value: object, text: Callable[[], str]) -> None:
+def expect_same(actual, expected, name: str, value: object, text: Callable[[], str]) -> None:
     # Sizes may be symbolic: torch._check records the equality instead of specialising to it.
     if isinstance(actual, int) and isinstance(expected, int):
         if actual != expected:
@@ -83,15 +83,17 @@ def check_attention_arguments(
             expect(False, f"the device of {name}", t.device, f"that of q, {device}")
         if t is not q:
             for size, wanted in zip(t.shape[:-1], shape[:-1], strict=True):
-                _same(size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(shape[:-1])} as in q")
-    _same(k.shape[-1], shape[-1], "the shape of k", tuple(k.shape), lambda: f"that of q, {tuple(shape)}")
+                expect_same(
+                    size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(shape[:-1])} as in q"
+                )
+    expect_same(k.shape[-1], shape[-1], "the shape of k", tuple(k.shape), lambda: f"that of q, {tuple(shape)}")
 
     if seq_offsets is not None:
         expect(seq_lengths is None, "seq_lengths", "given", "None when seq_offsets are given")
         batch = seq_offsets.shape[0] - 1
     else:
         batch = shape[0]
-        _same(shape[1], max_seq_len, "max_seq_len", max_seq_len, lambda: f"N = {shape[1]} of the dense q")
+        expect_same(shape[1], max_seq_len, "max_seq_len", max_seq_len, lambda: f"N = {shape[1]} of the dense q")
     for name, count in (
         ("seq_offsets", seq_offsets),
         ("seq_lengths", seq_lengths),
@@ -110,7 +112,7 @@ def check_attention_arguments(
             if isinstance(batch, int) and batch < 0:
                 expect(False, "the shape of seq_offsets", tuple(count.shape), "[B + 1]")
         else:
-            _same(count.shape[0], batch, f"the shape of {name}", tuple(count.shape), lambda: f"[B] = [{batch}]")
+            expect_same(count.shape[0], batch, f"the shape of {name}", tuple(count.shape), lambda: f"[B] = [{batch}]")
     for name, plane in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
         if plane is not None:
             _check_plane(name, plane, (batch, shape[-2], max_seq_len, max_seq_len), device)
@@ -138,7 +140,7 @@ def _check_plane(name: str, plane: Tensor, sizes: tuple, device: torch.device) -
     expect(plane.device == device, f"the device of {name}", plane.device, f"that of q, {device}")
     for dim, (size, full) in enumerate(zip(plane.shape, sizes, strict=True)):
         if not (dim < 2 and isinstance(size, int) and size == 1):
-            _same(
+            expect_same(
                 size,
                 full,
                 f"the shape of {name}",
@@ -157,7 +159,9 @@ def _check_tile_states(attn_mask: Tensor | None, states: Tensor | None) -> None:
     expect(states.dim() == 4, "the shape of mask_tile_states", tuple(states.shape), "[B|1, H|1, tiles, tiles]")
     wanted = tile_states_shape(attn_mask)
     for size, full in zip(states.shape, wanted, strict=True):
-        _same(size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"{wanted}, for that attn_mask")
+        expect_same(
+            size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"{wanted}, for that attn_mask"
+        )
 
 
 def check_slices(x: Tensor, slices: dict[str, tuple[str, Tensor, int]], columns: dict[str, int]) -> None:
@@ -174,14 +178,14 @@ def check_slices(x: Tensor, slices: dict[str, tuple[str, Tensor, int]], columns:
         expect(t.dtype == x.dtype, f"the dtype of {name}", t.dtype, f"that of x, {x.dtype}")
         expect(t.device == x.device, f"the device of {name}", t.device, f"that of x, {x.device}")
         for size, wanted in zip(t.shape, lead, strict=False):
-            _same(size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(lead)} as in x")
+            expect_same(size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(lead)} as in x")
         widths[at] = math.prod(t.shape[len(lead) :])
     end = 0
     for at in sorted(widths, key=columns.__getitem__):
         expected = f"{end}: u, q, k and v are all columns of x, none twice"
-        _same(columns[at], end, at, columns[at], functools.partial(str, expected))
+        expect_same(columns[at], end, at, columns[at], functools.partial(str, expected))
         end += widths[at]
-    _same(x.shape[-1], end, "the shape of x", tuple(x.shape), lambda: f"{end} columns, those of u, q, k and v")
+    expect_same(x.shape[-1], end, "the shape of x", tuple(x.shape), lambda: f"{end} columns, those of u, q, k and v")
 
 
 def check_attention_values(
