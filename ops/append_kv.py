@@ -1,9 +1,15 @@
 """`hstu_compile::append_kv`: new keys and values into the pages of a paged cache, as a torch.library op."""
 
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_inference_only
+from hstu_compile.ops.paged_call import paged_features
 from hstu_compile.ops.paged_reference import append_kv_reference
 from hstu_compile.ops.paged_validation import check_num_targets, check_pages
 
@@ -56,10 +62,24 @@ def _append_kv_fake(*args):
     _check(*args)
 
 
+def _checked_kernel(*args) -> ModuleType | None:
+    _check(*args)
+    if not args[0].is_cuda or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("hstu_compile.ops.kernels.append_kv")
+
+
+_kinds = Kinds(_checked_kernel)
+
+
 @torch.library.impl("hstu_compile::append_kv", ("CPU", "CUDA"))
 def _append_kv(*args):
-    _check(*args)
-    append_kv_reference(*args)
+    pool, k, v, seq_offsets, page_table, cached_lengths, num_targets = args
+    kind = _kinds.kind(paged_features((k, v), pool, page_table, (seq_offsets, cached_lengths, num_targets)), *args)
+    if kind.kernel is None:
+        append_kv_reference(*args)
+    else:
+        kind.kernel.append(*args, memory=kind.memory)
 
 
 register_inference_only("append_kv")

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ KERNELS = "hstu_compile.ops.kernels"
 PORTABLE = "attention_triton"
 REFERENCE = "plain PyTorch"
 ATTENTION = {9: "attention_sm90"}  # capability's major version -> module
+PAGED_PORTABLE = "paged_attention_triton"
+PAGED: dict[int, str] = {}
 
 forced: str | None = None  # the one kernel that attention runs on, where a benchmark compares them
 
@@ -48,18 +51,29 @@ def choose_attention(
     Raises:
         ValueError: the kernel that is forced does not support the call.
     """
-    choice = _choose(device, dtype, attn_dim, hidden_dim, has_mask=has_mask, has_bias=has_bias)
-    if forced not in (None, choice.name):
-        raise ValueError(
-            f"hstu_compile: attention is forced to run on {forced}, and cannot: {'; '.join(choice.declined)}"
-        )
+    call = {"dtype": dtype, "attn_dim": attn_dim, "hidden_dim": hidden_dim, "has_mask": has_mask, "has_bias": has_bias}
+    return _choose(device, ATTENTION, PORTABLE, call)
+
+
+@functools.cache
+def choose_paged_attention(device: torch.device, dtype: torch.dtype, dim: int) -> Choice:
+    """The same for attention over a paged history, which has kernels of its own."""
+    return _choose(device, PAGED, PAGED_PORTABLE, {"dtype": dtype, "dim": dim})
+
+
+def _choose(device: torch.device, by_major: dict[int, str], portable: str, call: dict[str, Any]) -> Choice:
+    """Among one op's kernels; one that is forced may be another op's."""
+    own = forced if forced in (REFERENCE, portable, *by_major.values()) else None
+    choice = _best(device, by_major, portable, own, call)
+    if own not in (None, choice.name):
+        raise ValueError(f"hstu_compile: attention is forced to run on {own}, and cannot: {'; '.join(choice.declined)}")
     return choice
 
 
-def _choose(
-    device: torch.device, dtype: torch.dtype, attn_dim: int, hidden_dim: int, *, has_mask: bool, has_bias: bool
+def _best(
+    device: torch.device, by_major: dict[int, str], portable: str, own: str | None, call: dict[str, Any]
 ) -> Choice:
-    if forced == REFERENCE:
+    if own == REFERENCE:
         return Choice(REFERENCE, ("forced",))
     if device.type != "cuda":
         return Choice(REFERENCE, (f"no kernel for device type {device.type}",))
@@ -67,14 +81,11 @@ def _choose(
         return Choice(REFERENCE, ("triton is not installed",))
     capability = torch.cuda.get_device_capability(device)
     declined: list[str] = []
-    for name in (ATTENTION.get(capability[0]), PORTABLE) if forced is None else (forced,):
+    for name in (by_major.get(capability[0]), portable) if own is None else (own,):
         if name is None:
             declined.append(f"no kernel of its own for sm_{capability[0]}{capability[1]}")
             continue
-        module = importlib.import_module(f"{KERNELS}.{name}")
-        reason = module.unsupported(
-            capability, dtype=dtype, attn_dim=attn_dim, hidden_dim=hidden_dim, has_mask=has_mask, has_bias=has_bias
-        )
+        reason = importlib.import_module(f"{KERNELS}.{name}").unsupported(capability, **call)
         if reason is None:
             return Choice(name, tuple(declined))
         declined.append(f"not {name}: {reason}")
@@ -96,13 +107,18 @@ def force(name: str) -> Iterator[None]:
         ValueError: there is no such kernel.
     """
     global forced
-    known = (*ATTENTION.values(), PORTABLE, REFERENCE)
+    known = (*ATTENTION.values(), PORTABLE, *PAGED.values(), PAGED_PORTABLE, REFERENCE)
     if name not in known:
         raise ValueError(f"hstu_compile: kernel {name!r}, expected one of {known}")
     before, forced = forced, name
-    choose_attention.cache_clear()
+    _forget()
     try:
         yield
     finally:
         forced = before
-        choose_attention.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    choose_attention.cache_clear()
+    choose_paged_attention.cache_clear()

@@ -1,9 +1,14 @@
 """`hstu_compile::paged_hstu_attention`: new tokens attend to cached history and to themselves; a torch.library op."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from hstu_compile.ops import kernel_table
+from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_inference_only
+from hstu_compile.ops.paged_call import paged_features
 from hstu_compile.ops.paged_reference import paged_hstu_attention_reference
 from hstu_compile.ops.paged_validation import check_paged_arguments, check_paged_values
 from hstu_compile.ops.validation import checks_values
@@ -109,13 +114,28 @@ def _paged_fake(q, k, v, pool, page_table, cached_lengths, *args):
     return q.new_empty(q.shape)
 
 
+def _checked_kernel(args: tuple) -> ModuleType | None:
+    q, named = args[0], dict(zip(PARAMETERS, args[6:], strict=True))
+    check_paged_arguments(*args[:6], **named)
+    kernel = kernel_table.choose_paged_attention(q.device, q.dtype, q.shape[-1])
+    return None if kernel.is_reference else kernel.module()
+
+
+_kinds = Kinds(_checked_kernel)
+
+
 @torch.library.impl("hstu_compile::paged_hstu_attention", ("CPU", "CUDA"))
-def _paged(q, k, v, pool, page_table, cached_lengths, *args):
-    named = dict(zip(PARAMETERS, args, strict=True))
-    check_paged_arguments(q, k, v, pool, page_table, cached_lengths, **named)
+def _paged(*args):
+    q, _, _, pool, page_table, cached_lengths, seq_offsets, num_targets, num_contextuals, max_seq_len = args[:10]
+    per_sequence = (seq_offsets, cached_lengths, num_targets, num_contextuals)
+    features = paged_features(args[:3], pool, page_table, per_sequence), max_seq_len >= 0, *args[10:]
+    kind = _kinds.kind((*features, kernel_table.forced), args)
+    named = dict(zip(PARAMETERS, args[6:], strict=True))
     if checks_values(q.device):
         check_paged_values(q, pool, page_table, cached_lengths, **named)
-    return paged_hstu_attention_reference(q, k, v, pool, page_table, cached_lengths, **named)
+    if kind.kernel is None:
+        return paged_hstu_attention_reference(*args[:6], **named)
+    return kind.kernel.forward(*args[:6], memory=kind.memory, scale=1.0 / named.pop("scaling_seq_len"), **named)
 
 
 register_inference_only("paged_hstu_attention")

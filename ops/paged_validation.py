@@ -1,5 +1,7 @@
 """Argument checks of the ops on a paged cache. Every message names the argument, its value and what was expected."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,10 +63,10 @@ def check_paged_arguments(
     cached_lengths: Tensor,
     *,
     seq_offsets: Tensor,
-    **others,
+    **others: Any,
 ) -> None:
     """Of `paged_hstu_attention`; reads no tensor's content."""
-    nothing = dict.fromkeys(("seq_lengths", "attn_mask", "attn_bias", "mask_tile_states"))
+    nothing: dict[str, Any] = dict.fromkeys(("seq_lengths", "attn_mask", "attn_bias", "mask_tile_states"))
     check_attention_arguments(q, k, v, seq_offsets=seq_offsets, **nothing, **others)
     check_pages(k, v, pool, page_table, cached_lengths, seq_offsets)
 

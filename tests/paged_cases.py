@@ -137,12 +137,11 @@ def assert_attention(out: Tensor, case: Case) -> None:
     assert (out[used:] == 0).all()
 
 
-def append_case(case: Case, mask: str) -> tuple[dict[str, Tensor], Tensor]:
+def append_case(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     """Arguments of append_kv for a table with pages for all new history, and the pool as it has to be after it."""
     page_size = case.pool.shape[2]
-    targets = MASKS[mask].get("num_targets", [0] * len(case.cached_lengths))
-    new = case.seq_offsets.diff().tolist()
-    lengths = [c + n - t for c, n, t in zip(case.cached_lengths.tolist(), new, targets, strict=True)]
+    targets = case.arguments.get("num_targets", torch.zeros_like(case.cached_lengths))
+    lengths = (case.cached_lengths + case.seq_offsets.diff() - targets).tolist()
     starts = case.whole_offsets[:-1].tolist()
     after, table = paged(case.whole[1:], starts, lengths, page_size)
     before = after.clone()

@@ -1,10 +1,17 @@
 """The ops on a paged cache on whatever device is there: against float64, opcheck, what they say to bad input."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
-from paged_cases import MASKS, append_case, assert_attention, make_case
+import torch.nn.functional as F
+from paged_cases import MASKS, NEW, H, append_case, assert_attention, make_case
 
-from hstu_compile.ops import append_kv, hstu_attention, paged_hstu_attention
+from hstu_compile.ops import append_kv, hstu_attention, kernel_table, paged_hstu_attention
 from hstu_compile.ops.paged_hstu_attention import PARAMETERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +43,7 @@ def test_head_dims(mask, dim):
 def test_append_stores_history_and_nothing_else(page_size, mask):
     """Candidates, unused rows and every other element of the pool stay as they are, NaN included."""
     case = make_case(page_size, torch.bfloat16, mask, device=DEVICE)
-    arguments, after = append_case(case, mask)
+    arguments, after = append_case(case)
     append_kv(**arguments)
     assert torch.equal(arguments["pool"].view(torch.int16), after.view(torch.int16))
 
@@ -58,7 +65,7 @@ def test_append_of_what_has_no_page():
 
 def test_attention_does_not_see_what_append_writes():
     case = make_case(32, torch.bfloat16, "targets", device=DEVICE)
-    arguments, _ = append_case(case, "targets")
+    arguments, _ = append_case(case)
     case = case._replace(pool=arguments["pool"], page_table=arguments["page_table"])
     before = attention(case)
     append_kv(**arguments)
@@ -116,7 +123,7 @@ def test_opcheck(mask):
     named = {"seq_offsets": case.seq_offsets, **ARGUMENTS, **case.arguments}
     args = (*case.operands, *(named[name] for name in PARAMETERS))
     torch.library.opcheck(torch.ops.hstu_compile.paged_hstu_attention.default, args)
-    named, _ = append_case(case, mask)
+    named, _ = append_case(case)
     named["pool"] = named["pool"].nan_to_num(0.0)
     args = (*named.values(), *([None] if "num_targets" not in named else []))
     torch.library.opcheck(torch.ops.hstu_compile.append_kv.default, args)
@@ -142,14 +149,14 @@ def test_autograd_is_an_error():
     with torch.no_grad():
         attention(case)
     k, v = (t.detach().requires_grad_() for t in case.new[1:])
-    arguments, _ = append_case(case, "causal")
+    arguments, _ = append_case(case)
     with pytest.raises(RuntimeError, match="append_kv has no gradient"):
         append_kv(**arguments | {"k": k, "v": v})
 
 
 def test_compiles_with_one_mutated_argument():
     case = make_case(16, torch.bfloat16, "targets", device=DEVICE)
-    arguments, after = append_case(case, "targets")
+    arguments, after = append_case(case)
     case = case._replace(pool=arguments.pop("pool"), page_table=arguments["page_table"])
 
     @torch.compile(backend="aot_eager", fullgraph=True)
@@ -209,3 +216,140 @@ def test_bad_values(change, message):
         named[name] = changed(named[name])
     with pytest.raises(ValueError, match=message):
         paged_hstu_attention(**named)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tests above run the kernels")
+def test_in_the_interpreter():
+    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    cases = Path(__file__).with_name("paged_triton_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+KERNELS = [kernel_table.PAGED_PORTABLE, *kernel_table.PAGED.values()]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("processors", [1, 2000])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("page_size, dim", [(16, 256), (32, 64), (64, 128), (128, 32), (256, 256)])
+def test_every_kernel_whole_and_in_parts(page_size, dim, mask, processors, kernel, monkeypatch):
+    """From memory full of NaN, the same bits twice."""
+    empty = torch.empty
+
+    def poisoned(*args, **keywords):
+        x = empty(*args, **keywords)
+        return x.fill_(float("nan") if x.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with kernel_table.force(kernel), of_processors(kernel, processors):
+        case = make_case(page_size, torch.bfloat16, mask, dim=dim, device="cuda")
+        out = attention(case)
+        assert torch.equal(attention(case), out)
+    assert_attention(out, case)
+
+
+def of_processors(kernel, number):
+    """Within it a call is split as on a GPU with so many multiprocessors."""
+    return mock.patch(f"hstu_compile.ops.kernels.{kernel}.processors", lambda device: number)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("paged, unpaged", list(zip(KERNELS, [kernel_table.PORTABLE, "attention_sm90"], strict=False)))
+@pytest.mark.parametrize("mask", MASKS)
+def test_cached_equals_uncached_bit_for_bit(mask, paged, unpaged):
+    """Where key tiles are the same (the history ends with one) and keys are not split."""
+    cached = [128 * (i % 4) for i in range(11)]
+    case = make_case(32, torch.bfloat16, mask, dim=64, device="cuda", cached=cached, unused=0)
+    with kernel_table.force(unpaged):
+        whole = hstu_attention(*case.whole, seq_offsets=case.whole_offsets, **case.arguments)
+    with kernel_table.force(paged), of_processors(paged, 1):
+        assert torch.equal(attention(case), whole[case.rows])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cuda_graph_with_padded_slots(kernel):
+    """Captured once, replayed for other batches; slots without a sequence write nowhere and read nothing."""
+    shared = {"dtype": torch.bfloat16, "dim": 64, "device": "cuda"}
+    cases = [make_case(32, mask="targets", unused=40, **shared) for _ in range(2)]
+    total, slots = len(cases[0].new[0]), len(NEW) + 5
+    cases.append(make_case(32, new=[30, 0, 64], cached=[32, 100, 0], unused=total - 94, **shared))
+    cases[-1].arguments["num_targets"] = torch.tensor([1, 0, 33], device="cuda")
+    integers = {"dtype": torch.int32, "device": "cuda"}
+    static = {
+        "q": torch.zeros(total, 4, H, 64, dtype=torch.bfloat16, device="cuda")[:, 0],
+        "k": torch.zeros(total, H, 64, dtype=torch.bfloat16, device="cuda"),
+        "v": torch.zeros(total, H, 64, dtype=torch.bfloat16, device="cuda"),
+        "pool": torch.zeros(64, 2, 32, H, 64, dtype=torch.bfloat16, device="cuda"),
+        "page_table": torch.full((slots, 40), -1, **integers),
+        "cached_lengths": torch.zeros(slots, **integers),
+        "seq_offsets": torch.zeros(slots + 1, **integers),
+        "num_targets": torch.zeros(slots, **integers),
+    }
+    fixed = {"max_seq_len": 400, "alpha": 64**-0.5, "scaling_seq_len": 40.0}
+
+    def step():
+        append_kv(**{name: t for name, t in static.items() if name != "q"})
+        return paged_hstu_attention(**static, **fixed)
+
+    with kernel_table.force(kernel):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for case in cases:
+            case.arguments.update(fixed)
+            arguments, after = append_case(case)
+            batch, pages = arguments["page_table"].shape
+            for name, t in zip(("q", "k", "v"), case.new, strict=True):
+                static[name].copy_(t)
+            static["pool"].fill_(float("nan"))[: len(after)] = arguments["pool"]
+            static["page_table"].fill_(2**30)[:batch, :pages] = arguments["page_table"]
+            static["cached_lengths"].fill_(12345)[:batch] = case.cached_lengths
+            static["seq_offsets"].fill_(int(case.seq_offsets[-1]))[: batch + 1] = case.seq_offsets
+            static["num_targets"].fill_(7)[:batch] = case.arguments["num_targets"]
+            graph.replay()
+            assert_attention(out, case)
+            expected = torch.full_like(static["pool"], float("nan"))
+            expected[: len(after)] = after
+            assert torch.equal(static["pool"].view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pool_of_more_than_two_to_the_31_elements(kernel):
+    case = make_case(256, torch.bfloat16, "targets", dim=128, device="cuda")
+    page = case.pool[0].numel()
+    far = 2**31 // page + 5
+    pool = F.pad(case.pool, (0,) * 8 + (far, 0), value=float("nan"))
+    with kernel_table.force(kernel):
+        assert_attention(attention(case._replace(pool=pool, page_table=case.page_table + far)), case)
+    arguments, after = append_case(case)
+    pool = F.pad(arguments["pool"], (0,) * 8 + (far, 0), value=float("nan"))
+    append_kv(**arguments | {"pool": pool, "page_table": arguments["page_table"] + far})
+    assert torch.equal(pool[far:].view(torch.int16), after.view(torch.int16))
+
+
+@pytest.mark.cuda
+def test_calls_of_one_kind_are_launched_again():
+    """The third call goes straight to the driver: other addresses, T and B."""
+    from hstu_compile.ops.kernels.launch import Relaunch
+
+    with mock.patch.object(Relaunch, "__call__", autospec=True, side_effect=Relaunch.__call__) as again:
+        for i in range(5):
+            new = [3 + i, 40, 7 * i][: 2 + i % 2]
+            case = make_case(
+                64, torch.bfloat16, dim=64, device="cuda", new=new, cached=[64, 65, 3][: len(new)], unused=i
+            )
+            case = case._replace(page_table=F.pad(case.page_table, (0, 8 - case.page_table.shape[1])))
+            case = case._replace(pool=F.pad(case.pool, (0,) * 9 + (16 - len(case.pool),)))
+            assert_attention(attention(case), case)
+            calls = again.call_count
+    assert calls > 0

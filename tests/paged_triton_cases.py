@@ -1,0 +1,79 @@
+"""The portable kernels on a paged cache in the Triton interpreter; `test_paged_attention.py` runs these tests.
+
+On a GPU the ops' own tests run the kernels.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401
+from paged_cases import MASKS, append_case, assert_attention, make_case
+
+from hstu_compile.ops.kernels import append_kv, paged_attention_triton
+from hstu_compile.ops.kernels.attention_triton_tiles import Tile
+
+NOTHING = {
+    "num_targets": None,
+    "num_contextuals": None,
+    "causal": True,
+    "contextual_seq_len": 0,
+    "target_group_size": 1,
+    "max_attn_len": 0,
+    "min_full_attn_seq_len": 0,
+    "targets_share_position": False,
+}
+
+
+SMALL = Tile(32, 32, 4, 1)
+
+
+def attention(case, processors=1, tile=SMALL):
+    call = {"seq_offsets": case.seq_offsets, **NOTHING, **case.arguments}
+    call["scale"] = 1.0 / call.pop("scaling_seq_len")
+    with (
+        mock.patch.object(paged_attention_triton, "tile_for", lambda q: tile),
+        mock.patch.object(paged_attention_triton, "processors", lambda device: processors),
+    ):
+        return paged_attention_triton.forward(*case.operands, **call)
+
+
+@pytest.mark.parametrize("page_size, mask", [*((32, mask) for mask in MASKS), (16, "targets"), (128, "causal")])
+@pytest.mark.parametrize("processors", [1, 100])
+def test_attention(page_size, mask, processors):
+    """Keys whole, and split over programs."""
+    new, cached = [0, 5, 1, 17, 40], [7, 33, 0, 64, 31]
+    case = make_case(page_size, mask="causal", dim=16, new=new, cached=cached)
+    own = {n: torch.tensor(x[:5]) if isinstance(x, list) else x for n, x in MASKS[mask].items()}
+    case = case._replace(arguments=case.arguments | own)
+    assert_attention(attention(case, processors), case)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_half(page_size):
+    case = make_case(page_size, torch.float16, "targets", dim=24, layout="interleaved")
+    assert_attention(attention(case, 60, Tile(64, 64, 4, 1)), case)
+
+
+def test_parts_are_added_in_a_fixed_order():
+    case = make_case(16, mask="everything", dim=16)
+    assert torch.equal(attention(case, 300), attention(case, 300))
+
+
+@pytest.mark.parametrize("mask", ["causal", "targets"])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_append(page_size, mask):
+    case = make_case(page_size, torch.float16, mask, dim=24)
+    arguments, after = append_case(case)
+    append_kv.append(**{"num_targets": None, **arguments})
+    assert torch.equal(arguments["pool"].view(torch.int16), after.view(torch.int16))
+
+
+def test_append_of_what_has_no_page():
+    case = make_case(16, dim=16)
+    before = case.pool.clone().nan_to_num(7.0)
+    _, k, v = case.new
+    for table in (case.page_table[:, :0], torch.full_like(case.page_table, before.shape[0])):
+        pool = before.clone()
+        append_kv.append(pool, k, v, case.seq_offsets, table, case.cached_lengths, None)
+        assert torch.equal(pool, before)
