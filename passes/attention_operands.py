@@ -1,7 +1,6 @@
 """Where q, k and v come from, and in which layout the op gets them: jagged [T, H, D], or dense [B, N, H, D]."""
 
 from dataclasses import dataclass
-from operator import getitem
 
 import torch
 from torch import fx
@@ -21,7 +20,8 @@ from hstu_compile.passes.graph import (
     shape,
     value,
 )
-from hstu_compile.passes.jagged import Padded, Unpadded, as_padded, as_unpadded
+from hstu_compile.passes.jagged import Padded, Unpadded
+from hstu_compile.passes.jagged_indices import as_padded, as_unpadded
 from hstu_compile.passes.products import Labels, Product
 
 
@@ -158,7 +158,7 @@ def _padded_alike(pads: list[Padded], dims: list[Dims], region: Region) -> bool:
     return (
         all(pad.offsets is first.offsets and same(value(pad.max_seq_len), value(first.max_seq_len)) for pad in pads)
         and all(same(shape(pad.values)[0], shape(first.values)[0]) for pad in pads)
-        and all(len(shape(pad.values)) == 2 for pad in pads)
+        and all(len(shape(pad.values)) == len(d) - 1 for pad, d in zip(pads, dims, strict=True))
         and pads[2].padding == 0
         and all(d[1] == (axis,) for d, axis in zip(dims, (region.row, region.column, region.column), strict=True))
         and len({d[0] for d in dims}) == 1
@@ -166,7 +166,7 @@ def _padded_alike(pads: list[Padded], dims: list[Dims], region: Region) -> bool:
 
 
 def find_unpadded(region: Region) -> tuple[Unpadded, Dims] | None:
-    """The call that makes the output jagged again, and its input's Dims, if nothing else reads the padded output."""
+    """What makes the output jagged again, and the Dims of a token in it, if nothing else reads the padded output."""
     if region.pads is None:
         return None
     axes, node, dims, passed = region.axes, region.second.node, region.out_dims, {}
@@ -176,7 +176,8 @@ def find_unpadded(region: Region) -> tuple[Unpadded, Dims] | None:
         if len(users) != 1:
             return None
         (user,) = users
-        unpadded = as_unpadded(user)
+        batch = 1 if region.batch is None else region.batch.size
+        unpadded = as_unpadded(user, node, batch, region.row.size)
         if unpadded is not None and unpadded.dense is node:
             break
         if not (is_call(user, *LAYOUT) or is_cast(user)):
@@ -188,17 +189,17 @@ def find_unpadded(region: Region) -> tuple[Unpadded, Dims] | None:
     dims = axes.resolve(dims)
     pad = region.pads[0]
     tokens = shape(pad.values)[0]
+    sequences = () if region.batch is None else (region.batch,)
+    apart, folded = dims[:2] == (sequences, (region.row,)), dims[0] == (*sequences, region.row)
     fits = (
-        len(dims) == 3
-        and dims[0] == (() if region.batch is None else (region.batch,))
-        and dims[1] == (region.row,)
+        (apart or folded)
         and unpadded.offsets is pad.offsets
         and same(shape(unpadded.result)[0], tokens)  # read from the offsets too, where the code meets both
     )
     if not fits:
         return None
     region.scores.dims_of.update(passed)
-    return unpadded, dims
+    return unpadded, dims[2:] if apart else dims[1:]
 
 
 class Layout:
@@ -262,7 +263,7 @@ class JaggedLayout(Layout):
 
     def __init__(self, region: Region, found: tuple[Unpadded, Dims]):
         super().__init__(region)
-        unpadded, (_, _, self._features) = found
+        unpadded, self._features = found
         assert region.pads is not None
         self.pad, self.unpadded = region.pads[0], unpadded
         self.seq_offsets = self.pad.offsets
@@ -278,23 +279,20 @@ class JaggedLayout(Layout):
         traced = trace(axes, operand.node, operand.dims)
         dims, pad = axes.resolve(traced.dims), as_padded(traced.node)
         if pad is not None and pad.offsets is self.pad.offsets and dims[0] == self.batch and dims[1] == (tokens,):
-            values, rest = pad.values, dims[2]
+            values, rest = pad.values, dims[2:]
         else:
             dense = axes.arrange(operand.node, operand.dims, (self.batch, (tokens,), self.head), before)
             dense = axes.expand(dense, (self.batch, (tokens,), ()), before)
             dense = cast(dense, value(self.region.second.node).dtype, before)
-            args = (dense, [self.pad.offsets], axes.size(self.tokens, before))
-            values = insert_call(before.graph, before, self.unpadded.node.target, args, like=before)  # type: ignore
-            if self.unpadded.result is not self.unpadded.node:
-                values = insert_call(before.graph, before, getitem, (values, 0), like=before)
-            rest = self.head if not same(shape(values)[1], 1) else ()
-        traced = trace(axes, values, ((self.tokens,), rest))
+            values = self.unpadded.again(dense, axes.size(self.tokens, before), before)
+            rest = (self.head if not same(shape(values)[1], 1) else (),)
+        traced = trace(axes, values, ((self.tokens,), *rest))
         wanted = ((self.tokens,), self.head, () if feature is None else (feature,))
         node = axes.arrange(traced.node, traced.dims, wanted, before)
         return node if feature is None else axes.expand(node, self._single(wanted), before)
 
     def result(self) -> tuple[fx.Node, Dims]:
-        return self.unpadded.result, ((self.tokens,), self._features)
+        return self.unpadded.result, ((self.tokens,), *self._features)
 
     def output(self) -> Dims:
         return ((self.tokens,), self.head, (self.region.hidden,))

@@ -151,7 +151,20 @@ def _repeat_interleave(space: "IndexSpace", node: fx.Node, a: Arguments, coords:
     if a["dim"] is None and len(space.shape(a["self"])) != 1:
         raise ValueError("repeat_interleave of a flattened tensor")
     axis = _axis(a["dim"] or 0, len(coords))
-    return _replace(coords, axis, coords[axis] // space.scalar(a["repeats"]))
+    return _replace(coords, axis, _repeated(space, a["repeats"], coords[axis]))
+
+
+def _repeated(space: "IndexSpace", repeats: Any, at: Tensor) -> Tensor:
+    """Which element stands at a place where each is repeated so many times: a number, or one an element."""
+    if not isinstance(repeats, fx.Node) or isinstance(repeats.meta["val"], torch.SymInt):
+        return at // space.scalar(repeats)
+    return (_beside(space.along(repeats, (0,), (ZERO,)).cumsum(0), at) <= at).sum(0)
+
+
+def _beside(values: Tensor, others: Tensor) -> Tensor:
+    """`values`, a list in its first dimension, such that the others broadcast against each in turn."""
+    missing = max(0, others.dim() + 1 - values.dim())
+    return values.reshape(len(values), *[1] * missing, *values.shape[1:])
 
 
 VIEWS: dict[str, ViewHandler] = {
@@ -309,6 +322,34 @@ def _gather(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) ->
     return space.value(a["self"], _replace(coords, axis, space.value(a["index"], coords)))
 
 
+def _index_put(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
+    indices, count = a["indices"], len(a["indices"])
+    shapes = [space.shape(index) for index in indices if index is not None]
+    if len(shapes) != count or a["accumulate"] or len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        raise ValueError("it writes elsewhere than at places of its first dimensions")
+    (size,) = shapes[0]
+    written = space.new_axis(size, coords)
+    hit = torch.ones((), dtype=torch.bool)
+    for index, length, coord in zip(indices, space.shape(a["self"]), coords, strict=False):
+        at = space.value(index, (written,))
+        hit = hit & (torch.where(at < 0, at + length, at) == coord)
+    if (hit.sum(0) > 1).any():
+        raise ValueError("it writes twice to a place")
+    place = hit.to(torch.uint8).argmax(0) if size else hit.sum(0)
+    moved = broadcast_coords(space.shape(a["values"]), (place, *coords[count:]))
+    return torch.where(hit.any(0), space.value(a["values"], moved), space.value(a["self"], coords))
+
+
+def _searchsorted(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
+    ordered = a["sorted_sequence"] if "sorted_sequence" in a else a["boundaries"]
+    if a.get("sorter") is not None or len(space.shape(ordered)) != 1:
+        raise ValueError("a search in more than one sequence")
+    wanted, given = a["self"], a.get("side")
+    sought = space.value(wanted, coords) if isinstance(wanted, fx.Node) else torch.tensor(wanted)
+    known = _beside(space.along(ordered, (0,), (ZERO,)), sought)
+    return (known <= sought if a["right"] or given == "right" else known < sought).sum(0)
+
+
 def _embedding(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
     return space.value(a["weight"], (space.value(a["indices"], coords[:-1]).long(), coords[-1]))
 
@@ -395,6 +436,8 @@ VALUES: dict[str, ValueHandler] = {
     "index": _index,
     "index_select": _index_select,
     "gather": _gather,
+    "index_put": _index_put,
+    **dict.fromkeys(["searchsorted", "bucketize"], _searchsorted),
     "embedding": _embedding,
     "einsum": _einsum,
     **dict.fromkeys(["matmul", "mm", "bmm"], _matmul),

@@ -1,11 +1,12 @@
-"""fbgemm's calls between the jagged layout [T, D] and the padded one [B, N, D], under all their names."""
+"""Between the jagged layout [T, ...] and the padded one [B, N, ...]: what is known of a change, and fbgemm's calls."""
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
 
-from hstu_compile.passes.graph import argument, number
+from hstu_compile.passes.graph import argument, insert_call, number
 
 _PAD = {"fbgemm::jagged_to_padded_dense", "fbgemm::jagged_to_padded_dense_forward"}
 _UNPAD = {"fbgemm::dense_to_jagged", "fbgemm::dense_to_jagged_forward"}
@@ -13,7 +14,7 @@ _UNPAD = {"fbgemm::dense_to_jagged", "fbgemm::dense_to_jagged_forward"}
 
 @dataclass(frozen=True)
 class Padded:
-    """[T, D] -> [B, max_seq_len, D]"""
+    """[T, ...] -> [B, max_seq_len, ...]"""
 
     node: fx.Node
     values: fx.Node
@@ -24,12 +25,16 @@ class Padded:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """[B, N, D] -> [T, D]; `result` is the node that holds the values. T is as the code says, or as the offsets do."""
+    """[B, N, ...], or [B * N, ...], -> [T, ...], in `result`; T is as the code says, or as the offsets do.
+
+    again(dense, T, before): the same of another [B, N, F], inserted before a node.
+    """
 
     node: fx.Node
     result: fx.Node
     dense: fx.Node
     offsets: fx.Node
+    again: Callable[[fx.Node, int | fx.Node, fx.Node], fx.Node]
 
 
 def _name(node: fx.Node) -> str:
@@ -37,8 +42,8 @@ def _name(node: fx.Node) -> str:
     return name().removesuffix(".default") if node.op == "call_function" and callable(name) else ""
 
 
-def as_padded(node: fx.Node) -> Padded | None:
-    """The call behind a padded tensor with one jagged dimension."""
+def padded_by_call(node: fx.Node) -> Padded | None:
+    """The call behind a padded tensor with one jagged dimension, under any of its names."""
     if _name(node) not in _PAD:
         return None
     values, offsets, sizes = (argument(node, i, name) for i, name in enumerate(("values", "offsets", "max_lengths")))
@@ -47,18 +52,28 @@ def as_padded(node: fx.Node) -> Padded | None:
     return Padded(node, values, offsets[0], sizes[0], number(argument(node, 3, "padding_value", 0.0)))
 
 
-def as_unpadded(node: fx.Node) -> Unpadded | None:
-    """The call that makes a padded tensor jagged."""
+def unpadded_by_call(node: fx.Node) -> Unpadded | None:
+    """The call that makes a padded tensor jagged, under any of its names."""
     if _name(node) not in _UNPAD:
         return None
     dense, offsets = (argument(node, i, name) for i, name in enumerate(("dense", "x_offsets")))
+    gives_list = not _name(node).endswith("_forward")
     result = node
-    if not _name(node).endswith("_forward"):
+    if gives_list:
         values = _parts(node, 0)
         if len(values) != 1 or _parts(node, 1):
             return None
         (result,) = values
-    return Unpadded(node, result, dense, offsets[0]) if len(offsets) == 1 else None
+    if len(offsets) != 1:
+        return None
+
+    def again(other: fx.Node, total: int | fx.Node, before: fx.Node) -> fx.Node:
+        jagged = insert_call(node.graph, before, node.target, (other, [offsets[0]], total), like=before)  # type: ignore
+        if gives_list:
+            jagged = insert_call(node.graph, before, operator.getitem, (jagged, 0), like=before)
+        return jagged
+
+    return Unpadded(node, result, dense, offsets[0], again)
 
 
 def read_offsets_at_their_source(graph: fx.Graph) -> None:

@@ -29,7 +29,7 @@ FEW = 9  # a length at which a mask can be read whole
 
 
 def _expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
 
 
 class Expression:
@@ -150,21 +150,22 @@ def assignments(
     length, batch = _expression(max_seq_len), _expression(batch_size)
     free = symbols
     if not batch.free_symbols & length.free_symbols:
-        captured |= _solve(batch, 3, captured)
+        captured |= solve(batch, 3, captured)
         free = symbols - batch.free_symbols
     if not free:
         return [captured]
     moved = captured | {symbol: captured[symbol] + 3 + 2 * k for k, symbol in enumerate(sorted(free, key=str))}
     largest = max([*expression.numbers, *(moved[symbol] for symbol in free)])
-    long = moved | _solve(length, longest or max(4 * largest + 16, MANY), moved)
+    long = moved | solve(length, longest or max(4 * largest + 16, MANY), moved)
     least = max([0, *(number for number in expression.numbers if number < length.xreplace(captured))])
     few = FEW if least < FEW // 2 else least + FEW
-    short = moved | _solve(length, few if longest is None else min(few, longest - 1), moved)
+    short = moved | solve(length, few if longest is None else min(few, longest - 1), moved)
     return [long, captured, short]
 
 
-def _solve(size: sympy.Expr, wanted: int, values: Symbols) -> Symbols:
+def solve(size: Any, wanted: int, values: Symbols) -> Symbols:
     """One of the size's symbols, moved so that it becomes `wanted`; none, if it is no sum."""
+    size = _expression(size)
     for symbol in sorted(size.free_symbols, key=str):
         others = size.xreplace({s: sympy.Integer(v) for s, v in values.items() if s != symbol}) - symbol
         if others.is_Integer and wanted > others:

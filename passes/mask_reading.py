@@ -15,7 +15,7 @@ from hstu_compile.passes.index_space import IndexSpace
 from hstu_compile.passes.index_space_ops import ZERO, Coords, NotUnderstood
 from hstu_compile.passes.mask_inputs import Expression
 from hstu_compile.passes.mask_meaning import MaskTerm, Padding, silu_of_fill_is_zero
-from hstu_compile.passes.mask_samples import Counts, Samples, sample, sample_counts
+from hstu_compile.passes.mask_samples import Counts, Samples, leaf_of, sample, sample_counts
 
 Roles = dict[fx.Node, str]  # what an input holds: "lengths", "offsets", "targets", "contextual"
 
@@ -89,7 +89,7 @@ class Reading:
             "contextual": samples.contextual,
         }
         space = IndexSpace(
-            self.symbols, {node: samples.leaf(tables[role], node) for node, role in self.roles.items()}, rank=3
+            self.symbols, {node: leaf_of(tables[role], node) for node, role in self.roles.items()}, rank=3
         )
         lengths = samples.of_sequence(samples.lengths)
         if self.region.seq_offsets is not None:

@@ -37,12 +37,13 @@ class Samples:
         """The sampled sequences' own entries of a [P, B] table, as [P, 1, 1]."""
         return table.gather(1, self.batch[:, :, 0]).unsqueeze(-1)
 
-    def leaf(self, table: Tensor, node: fx.Node) -> Leaf:
-        """The input `node`, of one dimension (others are 1), with the rows of a [P, ...] table for the P batches."""
-        sizes = node.meta["val"].shape
-        axis = next((k for k, size in enumerate(sizes) if not isinstance(size, int) or size != 1), 0)
-        world, table = torch.arange(len(table)).view(-1, 1, 1), table.to(node.meta["val"].dtype)
-        return lambda coords: table[world, coords[axis]]
+
+def leaf_of(table: Tensor, node: fx.Node) -> Leaf:
+    """The input `node`, of one dimension (others are 1), with the rows of a [P, ...] table for the P batches."""
+    sizes = node.meta["val"].shape
+    axis = next((k for k, size in enumerate(sizes) if not isinstance(size, int) or size != 1), 0)
+    world, table = torch.arange(len(table)).view(-1, 1, 1), table.to(node.meta["val"].dtype)
+    return lambda coords: table[world, coords[axis]]
 
 
 def sample_counts(

@@ -65,6 +65,9 @@ EXPRESSIONS = {
     "matmul": lambda x, n: (ids(n) < x[:, None]).float().unsqueeze(2) @ (ids(n) < x[:, None]).float().unsqueeze(1),
     "mm": lambda x, n: torch.ones(n, n).tril() @ torch.ones(n, n).tril(),
     "repeat": lambda x, n: x.repeat(2, 2) + x.repeat_interleave(2).view(1, -1),
+    "repeat by tensor": lambda x, n: ids(3).repeat_interleave(torch.tensor([2, 0, 3]), output_size=5) + x[:1],
+    "searchsorted": lambda x, n: torch.searchsorted(ids(3) * 4, x, right=True) + torch.bucketize(x, ids(n)),
+    "index_put": lambda x, n: x.new_full((n, n), 7).index_put((ids(3), ids(3) - 2), x[:1].expand(3)) + 0,
     "flip": lambda x, n: ids(n).flip(0) - ids(n).roll(2, 0),
     "casts": lambda x, n: (torch.arange(300, dtype=torch.bfloat16)[:, None] >= torch.arange(300)).type_as(x),
     "alpha": lambda x, n: torch.sub(ids(n), x[:, None], alpha=2).abs().clamp(min=-1, max=n - 3).to(torch.float16),
@@ -106,7 +109,7 @@ def test_unknown_ops_and_inputs_are_named_with_the_line():
     for function, culprit in [
         (lambda x: x.sort().values, "getitem"),
         (lambda x: torch.rand(3) < x, "rand"),
-        (lambda x: ids(3).repeat_interleave(x.long(), output_size=6) + 1, "a number that is read from a tensor"),
+        (lambda x: x.index_put((ids(3) // 2,), x) + 1, "writes twice"),
     ]:
         gm = capture(function, torch.tensor([1.0, 2.0, 3.0]))
         with pytest.raises(NotUnderstood, match=culprit):

@@ -1,0 +1,136 @@
+"""Padding and unpadding by the indices of a model's own: the attention is jagged; nothing else is taken for it."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hstu_compile
+from hstu_compile import compiler
+from hstu_compile.ops.hstu_attention import PARAMETERS
+from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
+from tests.without_codegen import inductor_without_codegen
+
+compiles = pytest.fixture(inductor_without_codegen)
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
+SEQ_OFFSETS = 3 + PARAMETERS.index("seq_offsets")
+
+
+class Places:
+    """Where the tokens are, in the terms that models use."""
+
+    def __init__(self, offsets: Tensor, tokens: int, n: int) -> None:
+        self.n, self.offsets, self.lengths = n, offsets, offsets.diff()
+        self.batch = self.lengths.shape[0]
+        self.sequence = torch.searchsorted(offsets, torch.arange(tokens), right=True) - 1
+        self.within = torch.arange(tokens) - offsets[self.sequence]
+        self.repeated = torch.repeat_interleave(torch.arange(self.batch), self.lengths, output_size=tokens)
+        self.token = offsets[:-1, None] + torch.arange(n)
+        self.real = torch.arange(n) < self.lengths[:, None]
+
+    def kept(self, t: Tensor) -> Tensor:
+        return self.real.view(*self.real.shape, *[1] * (t.dim() - 2))
+
+
+def gathered(t: Tensor, at: Places, by: int = 0) -> Tensor:
+    return t[(at.token + by).clamp(max=t.shape[0] - 1)]
+
+
+def put(t: Tensor, at: Places, fill: float) -> Tensor:
+    padded = t.new_full((at.batch, at.n, *t.shape[1:]), fill)
+    padded[at.sequence, at.within] = t
+    return padded
+
+
+Move = Callable[[Tensor, Places], Tensor]
+PADDED: dict[str, Move] = {
+    "times the mask": lambda t, at: gathered(t, at) * at.kept(gathered(t, at)),
+    "where": lambda t, at: torch.where(at.kept(gathered(t, at)), gathered(t, at), 0.0),
+    "masked fill": lambda t, at: gathered(t, at).masked_fill(~at.kept(gathered(t, at)), 0.0),
+    "written in place": lambda t, at: put(t, at, 0.0),
+    "index_put": lambda t, at: t.new_zeros(at.batch, at.n, *t.shape[1:]).index_put((at.repeated, at.within), t),
+}
+UNPADDED: dict[str, Move] = {
+    "two indices": lambda t, at: t[at.sequence, at.within],
+    "folded": lambda t, at: t.flatten(0, 1)[at.repeated * at.n + at.within],
+    "index_select": lambda t, at: t.flatten(0, 1).index_select(0, at.sequence * at.n + at.within),
+}
+OTHERS: dict[str, tuple[Move, Move]] = {  # not a change of layout
+    "one token on": (lambda t, at: gathered(t, at, 1) * at.kept(gathered(t, at)), UNPADDED["folded"]),
+    "one token too many": (
+        lambda t, at: gathered(t, at) * (torch.arange(at.n) <= at.lengths[:, None])[..., None, None],
+        UNPADDED["folded"],
+    ),
+    "not kept": (gathered, UNPADDED["folded"]),
+    "half of it": (lambda t, at: gathered(t, at) * (0.5 * at.kept(gathered(t, at))), UNPADDED["folded"]),
+    "filled with ones": (lambda t, at: put(t, at, 1.0), UNPADDED["folded"]),
+    "backwards": (
+        lambda t, at: t.new_zeros(at.batch, at.n, *t.shape[1:]).index_put(
+            (at.sequence, at.lengths[at.sequence] - 1 - at.within), t
+        ),
+        UNPADDED["folded"],
+    ),
+    "unpadded from the row before": (
+        PADDED["where"],
+        lambda t, at: t[at.sequence, (at.within - 1).clamp(min=0)],
+    ),
+    "unpadded from the sequence before": (PADDED["where"], lambda t, at: t[at.sequence - 1, at.within]),
+}
+
+
+class Layer(nn.Module):
+    def __init__(self, pad: Move, unpad: Move) -> None:
+        super().__init__()
+        self.pad, self.unpad, self.uvqk = pad, unpad, nn.Linear(12, 4 * 12)
+
+    def forward(self, x: Tensor, offsets: Tensor, n: int) -> Tensor:
+        at = Places(offsets, x.shape[0], n)
+        u, v, q, k = F.silu(self.uvqk(x)).unflatten(-1, (4, 2, 6)).unbind(1)
+        q, k, v = (self.pad(t, at) for t in (q, k, v))
+        weights = F.silu(torch.einsum("bihd,bjhd->bhij", q, k)) / 20 * torch.ones(n, n).tril()
+        return u * self.unpad(torch.einsum("bhij,bjhd->bihd", weights, v), at)
+
+
+def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.Node]:
+    """Numbers in budget, on one graph for all sizes; returns the calls of the attention in it."""
+    graphs, rewrite = [], compiler.rewrite
+
+    def watched(*args):
+        graphs.append(rewrite(*args))
+        return graphs[-1]
+
+    monkeypatch.setattr(compiler, "rewrite", watched)
+    torch._dynamo.reset()
+    model, double = Layer(*layer), Layer(*layer).double()
+    double.load_state_dict(model.state_dict())
+    run = torch.compile(
+        model, backend=hstu_compile.backend, options={"enable": ("attention",)}, dynamic=True, fullgraph=True
+    )
+    for lengths, n in (([4, 0, 7, 3], 9), ([3, 9, 2, 0, 8, 5], 10)):
+        x, offsets = torch.randn(sum(lengths), 12), F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+        values = []
+        for call, given in ((run, x), (model, x), (double, x.double())):
+            given = given.clone().requires_grad_()
+            out = call(given, offsets, n)
+            values.append((out, *torch.autograd.grad(out.square().sum(), given)))
+        for triple, m in zip(zip(*values, strict=True), (FORWARD, BACKWARD), strict=True):
+            assert_within_budget(*triple, m)
+    assert len(graphs) == 1, "another size compiled again"
+    assert graphs[0].graph is not None, str(graphs[0].report)
+    return list(graphs[0].graph.graph.find_nodes(op="call_function", target=ATTENTION))
+
+
+@pytest.mark.parametrize("pad, unpad", list(itertools.product(PADDED, UNPADDED)))
+def test_the_attention_is_jagged(pad: str, unpad: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check((PADDED[pad], UNPADDED[unpad]), monkeypatch)
+    assert call.args[SEQ_OFFSETS] is not None
+    assert call.args[0].meta["val"].dim() == 3, "q is padded"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_near_misses_stay_dense(name: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check(OTHERS[name], monkeypatch)
+    assert call.args[SEQ_OFFSETS] is None
