@@ -14,6 +14,7 @@ from hstu_compile.passes.activation import as_silu
 from hstu_compile.passes.contents_inside import carry_inside
 from hstu_compile.passes.joined_parts import as_layout
 from hstu_compile.passes.report import Report
+from hstu_compile.passes.searched_lists import as_whole
 
 NAMES = ("attention", "uvqk", "output", "packed_gradient", "table_lookup")
 
@@ -30,6 +31,7 @@ def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> i
     for part in parts(gm):
         as_layout(part.graph)
         as_silu(part.graph)
+        as_whole(part.graph)
         fused += sum(module.run(part, report) for module in modules)
         part.graph.lint()
         part.recompile()
