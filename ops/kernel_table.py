@@ -19,7 +19,7 @@ PORTABLE = "attention_triton"
 REFERENCE = "plain PyTorch"
 ATTENTION = {9: "attention_sm90"}  # capability's major version -> module
 PAGED_PORTABLE = "paged_attention_triton"
-PAGED: dict[int, str] = {}
+PAGED = {9: "paged_attention_sm90"}
 
 forced: str | None = None  # the one kernel that attention runs on, where a benchmark compares them
 

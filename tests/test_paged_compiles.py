@@ -10,11 +10,16 @@ import compile_only
 import pytest
 import torch
 from paged_cases import H
-from test_sm90_compiles import MASKS
+from test_sm90_compiles import MASKS, assert_fits, read_by_tma
 
-from hstu_compile.ops.kernels import append_kv, paged_attention_triton
-from hstu_compile.ops.kernels.launch import Extent
-from hstu_compile.ops.kernels.paged_parts import partial_sums
+from hstu_compile.ops.kernels import (
+    append_kv,
+    attention_sm90,
+    paged_attention_sm90,
+    paged_attention_triton,
+    paged_parts,
+)
+from hstu_compile.ops.kernels.launch import Extent, Launch
 
 PAGE_SIZES = [16, 32, 64, 128, 256]
 NOTHING: dict[str, Any] = {
@@ -29,18 +34,35 @@ NOTHING: dict[str, Any] = {
 }
 
 
-def operands(dim: int, dtype: torch.dtype, parts: int) -> tuple:
-    """As `paged_launches` takes them."""
+def launched(kernels: Any, dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> list[Launch]:
+    """What a call of the ops launches on 132 multiprocessors; split up if there are to be parts."""
     q, k, v = (torch.empty(16, 4, H, dim, dtype=dtype)[:, i] for i in range(3))
-    pool = torch.empty(512, H, dim, dtype=dtype)
+    pool = torch.empty(4, 2, page_size, H, dim, dtype=dtype)
     table, cached = torch.zeros(1, 16, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    out = torch.empty(16, H, dim, dtype=dtype)
-    return q, k, v, pool, table, cached, out, partial_sums(out, parts)
-
-
-def call_of(mask: dict[str, Any]) -> dict[str, Any]:
     call = {**NOTHING, "seq_offsets": torch.tensor([0, 16]), "max_seq_len": 4096, "alpha": 0.5, "scale": 0.1}
-    return call | {name: torch.tensor(x) if isinstance(x, list) else x for name, x in mask.items()}
+    call |= {name: torch.tensor(x) if isinstance(x, list) else x for name, x in MASKS[mask].items()}
+    found: list[Launch] = []
+    with (
+        mock.patch.object(kernels, "processors", lambda device: 132 if parts > 1 else 1),
+        mock.patch.object(paged_parts, "run", lambda memory, key, tensors, extent, launches: found.extend(launches())),
+    ):
+        kernels.forward(q, k, v, pool, table, cached, **call)
+    extent = Extent(16, 1)
+    found.append(
+        append_kv.append_launch(
+            pool.flatten(0, 2), k, v, call["seq_offsets"], table, cached, None, extent, 4, page_size
+        )
+    )
+    return found
+
+
+def compile_all(launches: list[Launch], fast: bool) -> dict[str, Any]:
+    """By the kernel's name."""
+    compiled = {}
+    for launch in launches:
+        constants = launch.constants | ({"FAST": fast} if "FAST" in launch.constants else {})
+        compiled[launch.kernel.__name__] = launch.kernel.warmup(*launch.arguments, **constants, grid=(1,))
+    return compiled
 
 
 def portable(capability: int, dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> dict[str, Any]:
@@ -49,18 +71,15 @@ def portable(capability: int, dim: int, dtype: torch.dtype, page_size: int, mask
         compile_only.target(capability),
         mock.patch.object(paged_attention_triton, "capability_and_memory", lambda device: gpu),
     ):
-        args = operands(dim, dtype, parts)
-        launches = paged_attention_triton.paged_launches(*args, page_size, 132, **call_of(MASKS[mask]))
-        launches.append(
-            append_kv.append_launch(
-                args[3], *args[1:3], torch.tensor([0, 16]), *args[4:6], None, Extent(16, 1), 9, page_size
-            )
-        )
-        compiled = {}
-        for launch in launches:
-            constants = launch.constants | ({"FAST": dtype != torch.float32} if "FAST" in launch.constants else {})
-            compiled[launch.kernel.__name__] = launch.kernel.warmup(*launch.arguments, **constants, grid=(1,))
-    return compiled
+        launches = launched(paged_attention_triton, dim, dtype, page_size, mask, parts)
+        return compile_all(launches, dtype != torch.float32)
+
+
+def hopper(dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> Any:
+    with compile_only.target(90):
+        launches = launched(paged_attention_sm90, dim, dtype, page_size, mask, parts)
+        (kernel,) = (x for x in launches if x.kernel.__name__ == "product_kernel")
+        return compile_all([kernel], True)["product_kernel"]
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
@@ -80,10 +99,57 @@ def test_portable(capability: int, dim: int, dtype: torch.dtype, page_size: int,
         assert resources.spilled <= 64, f"{name}: {resources}"
 
 
+@pytest.mark.parametrize(
+    "dim, dtype, page_size, mask, parts",
+    [
+        (256, torch.bfloat16, 32, "targets", 1),
+        (256, torch.bfloat16, 64, "causal", 11),
+        (256, torch.float16, 16, "everything", 1),
+        (128, torch.bfloat16, 256, "target groups", 1),
+        (64, torch.bfloat16, 16, "targets", 11),
+        (32, torch.bfloat16, 128, "window", 1),
+        (192, torch.bfloat16, 32, "targets", 1),
+    ],
+)
+def test_hopper(dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> None:
+    """Spilled are addresses, which wait for the end of an output tile."""
+    assert_fits(hopper(dim, dtype, page_size, mask, parts), f"product_kernel {parts} parts", 16)
+
+
+@pytest.mark.parametrize("page_size, cols", [(16, 64), (64, 64), (256, 128)])
+def test_boxes_of_pages(page_size: int, cols: int) -> None:
+    """By the rules of TMA: every token of the history, and 0 behind it, whatever the page holds there."""
+    dim, num_pages, cached = 24, 5, 2 * page_size + 7
+    pool = torch.randn(num_pages, 2, page_size, H, dim).to(torch.bfloat16)
+    table = [3, 1, 4]
+    with compile_only.target(90):
+        descriptor = attention_sm90.describe(pool.flatten(0, 2), min(page_size, cols), 32)
+    height, limit = min(page_size, cols), attention_sm90.ROW_LIMIT
+    for position in range(0, -(-cached // cols) * cols, height):  # as `load_pages` has them
+        rest = cached - position
+        page = table[position // page_size] if rest > 0 else 0
+        for side in (0, 1):
+            end = (page * 2 + side) * page_size + position % page_size + rest
+            for row in (0, 1, height - 1):
+                for d in (0, dim - 1, dim):
+                    inside = position + row < cached and d < dim
+                    want = pool[page, side, (position + row) % page_size, 1, d].item() if inside else 0.0
+                    assert read_by_tma(descriptor, [limit, end, limit - rest + row, 1, d]) == want
+
+
 if __name__ == "__main__":
+    for dim in (32, 64, 128, 256):
+        for page_size, mask, parts in (
+            (16, "targets", 1),
+            (32, "causal", 11),
+            (64, "everything", 1),
+            (256, "window", 11),
+        ):
+            kernel = hopper(dim, torch.bfloat16, page_size, mask, parts)
+            print("Hopper", dim, page_size, mask, parts, compile_only.resources(kernel), flush=True)
     for capability in (90, 80, 86):
         for dim in (64, 128, 256):
             for dtype in (torch.bfloat16, torch.float32):
-                for page_size, mask, parts in ((16, "targets", 1), (64, "everything", 4)):
+                for page_size, mask, parts in ((16, "targets", 1), (64, "everything", 11)):
                     for name, kernel in portable(capability, dim, dtype, page_size, mask, parts).items():
                         print(capability, dim, dtype, page_size, mask, parts, name, compile_only.resources(kernel))

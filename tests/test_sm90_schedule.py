@@ -23,7 +23,7 @@ def tiles_kernel():
         out, each, N, num_heads, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads,
         ROWS: gl.constexpr, KEYS: gl.constexpr,
     ):  # fmt: skip
-        batch = Batch(each, N, N, num_heads, 0, 1, 0, 0)
+        batch = Batch(each, N, N, num_heads, 0, 1, 0, 0, 1)
         tickets = Tickets(out, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads)
         gl.store(out + gl.program_id(0), tile_of_ticket(gl.program_id(0), tickets, batch, ROWS, KEYS))
 
@@ -40,7 +40,7 @@ def drawn(lengths: list[int], group: int, heads: int, *, jagged: bool, keys: boo
     offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).cuda()
     slots = slots_of(jagged, ROWS, Extent(sum(lengths) if jagged else len(lengths), len(lengths), N))
     tiles_per_seq = slots.tiles_per_seq
-    each = PerSequence(offsets if jagged else None, None, None, None)
+    each = PerSequence(offsets if jagged else None, None, None, None, None)
     out = torch.full((slots.number * HEADS // heads,), -7, dtype=torch.int32, device="cuda")
     tiles_kernel()[(len(out),)](
         out, each, N, HEADS, len(lengths), group, tiles_per_seq, slots.slots_per_seq, len(out), heads,

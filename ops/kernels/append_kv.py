@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu_compile.ops.kernels.attention_tiles import Sequences, load_rows, locate, row_cells
-from hstu_compile.ops.kernels.attention_triton import constant, rows_of
+from hstu_compile.ops.kernels.attention_triton import rows_of
 from hstu_compile.ops.kernels.launch import Extent, Launch, run
-from hstu_compile.ops.kernels.paged_tiles import Pages
+from hstu_compile.ops.kernels.paged_attention_triton import pages_of
 from hstu_compile.ops.kernels.slots import slots_of, tile_of_program
 
 ROWS = 16
@@ -80,15 +80,14 @@ def append_launch(
     """pool: its rows, [num_pages * 2 * page_size, H, D]."""
     sizes = functools.partial(append_sizes, k.shape[1])
     programs, numbers = sizes(extent)
-    table = page_table if page_table.stride(-1) == 1 else page_table.contiguous()
     counts = (t if t is None else t.contiguous() for t in (seq_offsets, None, num_targets, None))
     arguments = (
         *map(rows_of, (k, v, pool)),
-        Pages(table, table.stride(0), cached_lengths.contiguous(), constant(page_size)),
+        pages_of(page_table, cached_lengths, page_size),
         Sequences(*counts),
         *numbers.values(),
         k.shape[1],
-        table.shape[1],
+        page_table.shape[1],
         num_pages,
     )
     return Launch(append_kernel, programs, arguments, {"ROWS": ROWS, "num_warps": 4}, sizes)

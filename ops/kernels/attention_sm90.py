@@ -298,7 +298,7 @@ def extent_of(q: Tensor, call: dict[str, Any]) -> Extent:
 
 
 def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
-    return [call[name] for name in kernels().per_sequence._fields]
+    return [call.get(name) for name in kernels().per_sequence._fields]
 
 
 def dqdkdv(inputs: tuple, dq: Any, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
@@ -324,9 +324,9 @@ def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Any, factor: float
     cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
     a_rows = describe(a, ROWS, width)
     arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
-    arguments += (describe(b, cols, width), describe(c, cols, width), out, 0.5 * call["alpha"], factor)
+    arguments += (describe(b, cols, width), describe(c, cols, width), None, None, out, 0.5 * call["alpha"], factor)
     constants = {"DIM": out.ptr.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad}
+    constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad, "REGISTERS": 240, "parts": 1}
     return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
 
 
@@ -346,7 +346,7 @@ def ticket_sizes(
 ) -> tuple[int, dict[str, int]]:
     """In the order of the kernels' arguments."""
     slots = slots_of(jagged, rows, extent)
-    group = max(1, min(32, L2_BYTES // max(1, 4 * heads * width * mean_length(jagged, extent))))
+    group = group_of(heads, width, mean_length(jagged, extent))
     tiles = slots.number * heads
     wanted = max(1, tiles // (TICKETS * sms))  # tiles a ticket
     heads_a_ticket = math.gcd(heads, 1 << (wanted.bit_length() - 1))
@@ -354,6 +354,11 @@ def ticket_sizes(
     sizes = {"N": extent.max_seq_len, "num_sequences": extent.sequences, "group": group}
     sizes |= {"tiles_per_seq": slots.tiles_per_seq, "slots_per_seq": slots.slots_per_seq}
     return min(sms, tickets), sizes | {"num_tickets": tickets, "heads_a_ticket": heads_a_ticket}
+
+
+def group_of(heads: int, width: int, length: int) -> int:
+    """How many sequences of so many keys have tiles that are ordered together."""
+    return max(1, min(32, L2_BYTES // max(1, 4 * heads * width * length)))
 
 
 def filled_dim(q: Tensor, v: Tensor) -> int:

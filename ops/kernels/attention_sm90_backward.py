@@ -271,7 +271,7 @@ def dqdkdv_kernel(
 ):  # fmt: skip
     """One program a tile of 2 * ROWS keys of a head."""
     batch = Batch(
-        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, 1
     )
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLS], dtype)

@@ -216,7 +216,7 @@ def dbias_kernel(
 ):  # fmt: skip
     """dbias = silu'(alpha q kT + bias) mask (do vT) * scale, summed in order over what the bias broadcasts."""
     batch = Batch(
-        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, 1
     )
     sharing = Sharing(sharers, counts, most, num_tiles, num_sequences, bias_batches, bias_heads)
     left = ring(q_desc, STAGES, 2, 2)

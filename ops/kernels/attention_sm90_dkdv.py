@@ -84,13 +84,13 @@ def consumer(
         tiles = 0
         if meets_any(tile_key0, sequence, spans, lists):
             tiles = num_tiles(spans)
-            first = own_tiles(key0, mask, tiles, spans, lists, FAMILY, COLS, True)
+            first = own_tiles(key0, mask, tiles, spans, lists, None, FAMILY, COLS, True)
             done = skip(q, do, done, first, STAGES, STAGES)
         whole = whole_tiles(key0, mask, pairs, FAMILY, True)
         zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
         mbarrier.wait(k.full.index(W), number & 1)
         for t in range(first, tiles):
-            query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
+            query0, ones = streamed_row(t, tiles, spans, lists, None, COLS, True)
             q_tile = wait_full(q, done, STAGES)
             s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
             do_tile = wait_full(do, done, STAGES)
@@ -130,7 +130,7 @@ def dkdv_kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     batch = Batch(
-        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, 1
     )
     tickets = Tickets(counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket)
     k = ring(k_desc, 2, 2, 1)  # a stage a consumer
@@ -145,7 +145,7 @@ def dkdv_kernel(
                         do, queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 0)),
             (consumer, (dk_out, dv_out, half_alpha, dk_factor, dv_factor, batch, pairs, k, v, q,
                         do, queue, tiles_per_seq, FAMILY, K_DIM, V_DIM, D, COLS, STAGES, 1)),
-            (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tiles_per_seq,
+            (producer, (k_desc, v_desc, q_desc, do_desc, None, None, batch, pairs, k, v, q, do, queue, tiles_per_seq,
                         FAMILY, COLS, STAGES, STAGES, 2, True, True)),
             (scheduler, (batch, queue, tickets, 2 * ROWS, True)),
         ],

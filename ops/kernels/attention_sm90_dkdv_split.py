@@ -49,7 +49,7 @@ def dv_consumer(
             tiles = num_tiles(spans)
             zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
             for t in range(0, tiles):
-                query0, ones = streamed_row(t, tiles, spans, lists, COLS, True)
+                query0, ones = streamed_row(t, tiles, spans, lists, None, COLS, True)
                 q_tile = wait_full(q, done, STAGES)
                 s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
                 bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
@@ -120,7 +120,7 @@ def dkdv_split_kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     batch = Batch(
-        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len, 1
     )
     tickets = Tickets(counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket)
     k = ring(k_desc, 1, 2, 2)
@@ -138,7 +138,7 @@ def dkdv_split_kernel(
                            tiles_per_seq, FAMILY, V_DIM, D, COLS, STAGES)),
             (dk_consumer, (dk_out, dk_factor, batch, pairs, k, v, q, do, grads, grad_bars, queue,
                            tiles_per_seq, FAMILY, K_DIM, D, COLS, STAGES)),
-            (producer, (k_desc, v_desc, q_desc, do_desc, batch, pairs, k, v, q, do, queue, tiles_per_seq,
+            (producer, (k_desc, v_desc, q_desc, do_desc, None, None, batch, pairs, k, v, q, do, queue, tiles_per_seq,
                         FAMILY, COLS, STAGES, STAGES, 1, True, True)),
             (scheduler, (batch, queue, tickets, ROWS, True)),
         ],

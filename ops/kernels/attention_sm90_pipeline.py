@@ -10,8 +10,18 @@ from typing import Any, NamedTuple
 
 from hstu_compile.ops.kernels.attention_sm90_pairs import lists_of, occupied_spans
 from hstu_compile.ops.kernels.attention_sm90_schedule import take_over
-from hstu_compile.ops.kernels.attention_sm90_tiles import barriers, load_tile, mask_of, matrix, pinned, sequence_of
-from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier
+from hstu_compile.ops.kernels.attention_sm90_tiles import (
+    ROW_LIMIT,
+    barriers,
+    cached_at,
+    load_tile,
+    mask_of,
+    matrix,
+    part_of,
+    pinned,
+    sequence_of,
+)
+from hstu_compile.ops.kernels.gluon_compat import async_load, gl, gluon, mbarrier
 from hstu_compile.ops.kernels.mask_intervals import whole_columns
 from hstu_compile.ops.kernels.mask_tiles import (
     first_tile,
@@ -22,6 +32,7 @@ from hstu_compile.ops.kernels.mask_tiles import (
     query_spans,
     tiles_upto,
 )
+from hstu_compile.ops.kernels.paged_tiles import paged_key_spans, part_of_spans, tile_start
 
 ROWS = gl.constexpr(64)  # of a consumer: one m64 instruction a warpgroup
 
@@ -87,10 +98,14 @@ def operand(tiles, rows, W: gl.constexpr, IN_REGISTERS: gl.constexpr):
 
 
 @gluon.jit
-def streamed_spans(row0, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, mask, FAMILY: gl.constexpr, KEYS: gl.constexpr):
+def streamed_spans(
+    row0, NUM_ROWS: gl.constexpr, COLS: gl.constexpr, mask, cached, FAMILY: gl.constexpr, KEYS: gl.constexpr
+):
     """The tiles of COLS that NUM_ROWS resident rows meet."""
     if KEYS:
         return query_spans(row0, COLS, NUM_ROWS, mask, FAMILY)
+    elif cached is not None:
+        return paged_key_spans(row0, NUM_ROWS, COLS, cached, mask, FAMILY)
     else:
         return key_spans(row0, NUM_ROWS, COLS, mask, FAMILY)
 
@@ -105,7 +120,7 @@ def meets_any(row0, sequence, spans, lists):
 
 
 @gluon.jit
-def streamed_row(t, tiles, spans, lists, COLS: gl.constexpr, KEYS: gl.constexpr):
+def streamed_row(t, tiles, spans, lists, cached, COLS: gl.constexpr, KEYS: gl.constexpr):
     """First row of the t-th streamed tile, from the masked diagonal outwards; whether a mask tensor is all 1 there."""
     if KEYS:
         tile = nth_tile(t, spans)
@@ -114,6 +129,8 @@ def streamed_row(t, tiles, spans, lists, COLS: gl.constexpr, KEYS: gl.constexpr)
     if lists is not None:
         entry = gl.load(lists.visits + tile)
         return entry // 2 * COLS, entry % 2 == 1
+    elif cached is not None:
+        return tile_start(tile, cached, COLS), True
     else:
         return tile * COLS, True
 
@@ -135,24 +152,81 @@ def output_tile(
     """Sequence, mask, first row and streamed tiles of an output tile of NUM_ROWS: see `occupied_spans`."""
     sequence = sequence_of(tile // tiles_per_seq, batch)
     mask = mask_of(sequence.z, batch)
+    cached = cached_at(sequence.z, batch)
     row0 = tile % tiles_per_seq * NUM_ROWS
+    if cached is not None:
+        row0 += cached
     lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
-    return sequence, mask, row0, occupied_spans(streamed_spans(row0, NUM_ROWS, COLS, mask, FAMILY, KEYS), lists)
+    spans = occupied_spans(streamed_spans(row0, NUM_ROWS, COLS, mask, cached, FAMILY, KEYS), lists)
+    if cached is not None:
+        part, _ = part_of(tile // tiles_per_seq, batch)
+        spans = part_of_spans(spans, part, batch.parts)
+    return sequence, mask, row0, spans
+
+
+@gluon.jit
+def page_numbers(pool_desc, pages, sequence, cached, col0):
+    """The pages of the history from position col0 on, one for each box of `load_pages`, in the lanes of a warp."""
+    if pages is not None:
+        lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        position = col0 + lanes * pool_desc.block_type.shape[2]
+        table = pages.table + sequence.z.to(gl.int64) * pages.table_stride
+        return gl.load(table + position // pages.SIZE, mask=position < cached, other=0)
+
+
+@gluon.jit
+def load_pages(desc, pages, numbers, side, sequence, cached, col0, bar, tiles, slot, COLS: gl.constexpr):
+    """Keys (side 0) or values (1) of the history from position col0 on into a stage, zeros from `cached` on.
+
+    By boxes as high as a page, or a tile, and as wide as the pattern in which TMA swizzles, which lie in the stage one
+    behind the other. Rows of a page are cut off as those of a sequence are.
+    """
+    WIDTH: gl.constexpr = desc.block_type.shape[4]
+    HEIGHT: gl.constexpr = desc.block_type.shape[2]
+    ACROSS: gl.constexpr = tiles.shape[5] // WIDTH
+    DOWN: gl.constexpr = COLS // HEIGHT
+    boxes = tiles._reinterpret(desc.dtype, [tiles.shape[0] * ACROSS * DOWN] + desc.block_type.shape, desc.layout)
+    lanes = gl.arange(0, 32, layout=numbers.type.layout)
+    mbarrier.expect(bar, ACROSS * DOWN * desc.block_type.nbytes)
+    for i in range(0, DOWN):
+        page = gl.sum(gl.where(lanes == i, numbers, 0), axis=0)
+        position = col0 + i * HEIGHT
+        rest = cached - position
+        end = (page * 2 + side) * pages.SIZE + position % pages.SIZE + rest
+        for j in gl.static_range(ACROSS):
+            box = boxes.index((slot * ACROSS + j) * DOWN + i)
+            async_load(desc, [ROW_LIMIT, end, ROW_LIMIT - rest, sequence.head, j * WIDTH], bar, box)
+
+
+@gluon.jit
+def load_streamed(desc, pool_desc, pages, numbers, side, sequence, cached, col0, ring, slot, COLS: gl.constexpr):
+    """The streamed tile from row col0 on into a stage; side: see `load_pages`."""
+    if pages is None:
+        load_tile(desc, sequence, col0, ring.full.index(slot), ring.tiles.index(slot), True)
+    elif col0 < cached:
+        bar = ring.full.index(slot)
+        load_pages(pool_desc, pages, numbers, side, sequence, cached, col0, bar, ring.tiles, slot, COLS)
+    else:
+        load_tile(desc, sequence, col0, ring.full.index(slot), ring.tiles.index(slot), True)
 
 
 @gluon.jit
 def producer(
-    a_desc, da_desc, b_desc, c_desc, batch, pairs, a, da, b, c, queue, tiles_per_seq,
+    a_desc, da_desc, b_desc, c_desc, pool_desc, pages, batch, pairs, a, da, b, c, queue, tiles_per_seq,
     FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     TILES: gl.constexpr, TWO: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
-    """An output tile has TILES resident tiles of ROWS. TWO: of da too, behind the barrier of a."""
+    """An output tile has TILES resident tiles of ROWS. TWO: of da too, behind the barrier of a.
+
+    pages: where the history of b and c is, in the pool; else None, as is pool_desc.
+    """
     filled = 0  # b, c tiles so far
     number = 0  # output tiles so far
     tile = take_over(number, queue)
     while tile >= 0:
         sequence, mask, row0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, TILES * ROWS, COLS, KEYS)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
+        cached = cached_at(sequence.z, batch)
         any_tiles = meets_any(row0, sequence, spans, lists)
         for w in gl.static_range(TILES):
             full = a.full.index(w)
@@ -164,22 +238,23 @@ def producer(
         if any_tiles:
             tiles = num_tiles(spans)
             for t in range(0, tiles):
-                col0, _ = streamed_row(t, tiles, spans, lists, COLS, KEYS)
+                col0, _ = streamed_row(t, tiles, spans, lists, cached, COLS, KEYS)
+                numbers = page_numbers(pool_desc, pages, sequence, cached, col0)
                 slot = filled % B_STAGES
                 wait_empty(b, filled, B_STAGES)
-                load_tile(b_desc, sequence, col0, b.full.index(slot), b.tiles.index(slot), True)
+                load_streamed(b_desc, pool_desc, pages, numbers, 0, sequence, cached, col0, b, slot, COLS)
                 slot = filled % C_STAGES
                 wait_empty(c, filled, C_STAGES)
-                load_tile(c_desc, sequence, col0, c.full.index(slot), c.tiles.index(slot), True)
+                load_streamed(c_desc, pool_desc, pages, numbers, 1, sequence, cached, col0, c, slot, COLS)
                 filled += 1
         number += 1
         tile = take_over(number, queue)
 
 
 @gluon.jit
-def own_tiles(row0, mask, tiles, spans, lists, FAMILY: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr):
+def own_tiles(row0, mask, tiles, spans, lists, cached, FAMILY: gl.constexpr, COLS: gl.constexpr, KEYS: gl.constexpr):
     """The first of an output tile's streamed tiles that a consumer with ROWS rows from row0 needs."""
-    own = occupied_spans(streamed_spans(row0, ROWS, COLS, mask, FAMILY, KEYS), lists)
+    own = occupied_spans(streamed_spans(row0, ROWS, COLS, mask, cached, FAMILY, KEYS), lists)
     first = tiles
     if num_tiles(own) > 0:
         first = tiles_before(tiles, spans, own, KEYS)

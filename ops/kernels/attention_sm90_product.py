@@ -34,7 +34,7 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     whole_tiles,
 )
 from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, scheduler, take_over, tile_queue
-from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, live_tile, store_rows
+from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, cached_at, live_tile, store_rows
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu, silu_and_grad
@@ -63,7 +63,7 @@ def pointwise(
 
 @gluon.jit
 def silu_rounds(
-    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs, a, b, c,
+    acc, first, tiles, spans, lists, cached, row0, done, whole, half_alpha, sequence, batch, pairs, a, b, c,
     FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
     IN_REGISTERS: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def silu_rounds(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
     # First tile: nothing to overlap with yet.
-    col0, ones = streamed_row(first, tiles, spans, lists, COLS, False)
+    col0, ones = streamed_row(first, tiles, spans, lists, cached, COLS, False)
     b_tile = wait_full(b, done, B_STAGES)
     a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
     a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
@@ -86,7 +86,7 @@ def silu_rounds(
     # x goes from round to round in 32 bits: of 16 bits, ptxas would pack the registers again, one by one, between the
     # products.
     for t in range(first + 1, tiles):
-        col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
+        col0, ones = streamed_row(t, tiles, spans, lists, cached, COLS, False)
         p = gl.convert_layout(x.to(dtype), p_layout)
         a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
         b_next = wait_full(b, done + 1, B_STAGES)
@@ -110,7 +110,7 @@ def silu_rounds(
 
 @gluon.jit
 def grad_rounds(
-    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs, a, da, b, c,
+    acc, first, tiles, spans, lists, cached, row0, done, whole, half_alpha, sequence, batch, pairs, a, da, b, c,
     FAMILY: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """acc + (f'(a bT) * (da cT)) b over the streamed tiles from `first` on.
@@ -126,7 +126,7 @@ def grad_rounds(
     LATE: gl.constexpr = EARLY and acc.shape[1] > 128
     zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
     for t in range(first, tiles):
-        col0, ones = streamed_row(t, tiles, spans, lists, COLS, False)
+        col0, ones = streamed_row(t, tiles, spans, lists, cached, COLS, False)
         b_tile = wait_full(b, done, B_STAGES)
         s = warpgroup_mma(resident(a.tiles, W), b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         if EARLY:
@@ -168,25 +168,26 @@ def consumer(
     while tile >= 0:
         sequence, mask, tile_row0, spans = output_tile(tile, tiles_per_seq, batch, pairs, FAMILY, 2 * ROWS, COLS, False)
         lists = lists_of(pairs, tile, tiles_per_seq, batch, COLS)
+        cached = cached_at(sequence.z, batch)
         row0 = tile_row0 + W * ROWS
         acc = gl.zeros((ROWS, D), dtype=gl.float32, layout=o_layout)
         first = 0
         tiles = 0
         if meets_any(tile_row0, sequence, spans, lists):
             tiles = num_tiles(spans)
-            first = own_tiles(row0, mask, tiles, spans, lists, FAMILY, COLS, False)
+            first = own_tiles(row0, mask, tiles, spans, lists, cached, FAMILY, COLS, False)
             done = skip(b, c, done, first, B_STAGES, C_STAGES)
         mbarrier.wait(a.full.index(W), number & 1)
         if first < tiles:
             whole = whole_tiles(row0, mask, pairs, FAMILY, False)
             if GRAD:
                 acc, done = grad_rounds(
-                    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
+                    acc, first, tiles, spans, lists, cached, row0, done, whole, half_alpha, sequence, batch, pairs,
                     a, da, b, c, FAMILY, COLS, B_STAGES, C_STAGES, W,
                 )  # fmt: skip
             else:
                 acc, done = silu_rounds(
-                    acc, first, tiles, spans, lists, row0, done, whole, half_alpha, sequence, batch, pairs,
+                    acc, first, tiles, spans, lists, cached, row0, done, whole, half_alpha, sequence, batch, pairs,
                     a, b, c, FAMILY, COLS, B_STAGES, C_STAGES, IN_REGISTERS, W,
                 )  # fmt: skip
         else:
@@ -199,17 +200,23 @@ def consumer(
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def product_kernel(
-    a_desc, da_desc, b_desc, c_desc, out, half_alpha, factor,
+    a_desc, da_desc, b_desc, c_desc, pool_desc, pages, out, half_alpha, factor,
     each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
     pairs, counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket,
+    parts,
     FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
-    GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """out[rows] = factor * sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c."""
+    """out[rows] = factor * sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c.
+
+    pages: where streamed rows that lie before those of b and c are (paged_attention_sm90.py), or None. Each of `parts`
+    programs sums over a part of the streamed tiles then, and has a result of its own.
+    """
     batch = Batch(
-        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
-    )
+        each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
+        parts,
+    )  # fmt: skip
     tickets = Tickets(counter, num_sequences, group, tiles_per_seq, slots_per_seq, num_tickets, heads_a_ticket)
     a = ring(a_desc, 2, 2 if GRAD else 1, 1)  # a stage a consumer
     if GRAD:
@@ -219,17 +226,17 @@ def product_kernel(
     b = ring(b_desc, B_STAGES, 1, 2)  # both consumers release a tile
     c = ring(c_desc, C_STAGES, 1, 2)
     queue = tile_queue(3)  # two consumers, the producer
-    # Twelve warps of 168 registers: 240 for each thread of the consumers, 24 of the others.
+    # Twelve warps of 168 registers, for each thread of the consumers REGISTERS and of the others what is left.
     gl.warp_specialize(
         [
             (consumer, (out, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 0)),
             (consumer, (out, half_alpha, factor, batch, pairs, a, da, b, c, queue, tiles_per_seq,
                         FAMILY, DIM, D, COLS, B_STAGES, C_STAGES, GRAD, IN_REGISTERS, 1)),
-            (producer, (a_desc, da_desc, b_desc, c_desc, batch, pairs, a, da, b, c, queue, tiles_per_seq,
-                        FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, False)),
+            (producer, (a_desc, da_desc, b_desc, c_desc, pool_desc, pages, batch, pairs, a, da, b, c, queue,
+                        tiles_per_seq, FAMILY, COLS, B_STAGES, C_STAGES, 2, GRAD, False)),
             (scheduler, (batch, queue, tickets, 2 * ROWS, False)),
         ],
         [4, 1, 1],
-        [240, 24, 24],
+        [REGISTERS, 504 - 2 * REGISTERS, 504 - 2 * REGISTERS],
     )  # fmt: skip

@@ -13,7 +13,7 @@ from hstu_compile.ops.kernels.slots import first_slot, owner_of
 
 
 class Tickets(NamedTuple):
-    counter: Any  # of tickets drawn, int32, 0 when the kernel starts
+    counter: Any  # of tickets drawn, int32, 0 when the kernel starts; None: there is a program for each ticket
     num_sequences: Any
     group: Any  # sequences whose tiles are ordered together, at most 32: one a lane
     tiles_per_seq: Any  # of the longest
@@ -82,6 +82,24 @@ def draw(tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
 @gluon.jit
 def scheduler(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
     """Draws output tiles ahead of those who work on them; a warp of its own, since a draw takes some 2 us."""
+    if tickets.counter is None:
+        own_ticket(batch, queue, tickets, ROWS, KEYS)
+    else:
+        draw_tickets(batch, queue, tickets, ROWS, KEYS)
+
+
+@gluon.jit
+def own_ticket(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
+    tile = tile_of_ticket(gl.program_id(0), tickets, batch, ROWS, KEYS)
+    wait_for_room(0, queue)
+    hand_over(tile, 0, queue)
+    if tile != -1:
+        wait_for_room(1, queue)
+        hand_over(-1, 1, queue)
+
+
+@gluon.jit
+def draw_tickets(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
     number = 0  # of tiles handed over
     heads = 0  # of the ticket in hand that are left
     tile = 0

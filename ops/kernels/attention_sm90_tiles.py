@@ -32,6 +32,7 @@ RUNTIME = [
     "group",
     "num_tickets",
     "heads_a_ticket",
+    "parts",
     "contextual_seq_len",
     "target_group_size",
     "max_attn_len",
@@ -46,6 +47,7 @@ class PerSequence(NamedTuple):
     seq_lengths: Any
     num_targets: Any
     num_contextuals: Any
+    cached_lengths: Any  # tokens of a sequence that lie in pages, before those of the inputs (paged_tiles.py)
 
 
 class Batch(NamedTuple):
@@ -53,12 +55,13 @@ class Batch(NamedTuple):
 
     each: PerSequence
     N: Any
-    batch_rows: Any  # dense: rows from one sequence to the next in the inputs
-    num_heads: Any
+    batch_rows: Any  # dense: rows from one sequence to the next in the inputs; paged: from part to part in the output
+    num_heads: Any  # times parts
     contextual_seq_len: Any
     target_group_size: Any
     max_attn_len: Any
     min_full_attn_seq_len: Any
+    parts: Any  # of the keys of an output tile, each of which has a result of its own
 
 
 class Result(NamedTuple):
@@ -102,7 +105,7 @@ def first_row(z, batch):
 
 @gluon.jit
 def length_at(z, batch):
-    """Of sequence z (or several)."""
+    """Of sequence z (or several), in the inputs."""
     if batch.each.seq_offsets is not None:
         start = gl.load(batch.each.seq_offsets + z).to(gl.int32)
         return gl.minimum(gl.load(batch.each.seq_offsets + z + 1).to(gl.int32) - start, batch.N)
@@ -113,12 +116,32 @@ def length_at(z, batch):
 
 
 @gluon.jit
+def cached_at(z, batch):
+    """How many tokens of sequence z lie in pages; None where there are no pages."""
+    if batch.each.cached_lengths is not None:
+        return gl.load(batch.each.cached_lengths + z).to(gl.int32)
+
+
+@gluon.jit
+def part_of(index, batch):
+    """The part, and the head, of number `index` of all sequences."""
+    heads = batch.num_heads // batch.parts
+    return index % batch.num_heads // heads, index % heads
+
+
+@gluon.jit
 def sequence_of(index, batch):
-    """Head number `index` of all sequences."""
+    """Head number `index` of all sequences. Of a paged one rows count from its first token, in pages."""
     z = index // batch.num_heads
     start = first_row(z, batch)
     length = length_at(z, batch)
-    if batch.each.seq_offsets is not None:
+    cached = cached_at(z, batch)
+    if cached is not None:
+        part, head = part_of(index, batch)
+        start -= cached
+        length += cached
+        return Sequence(z, start, head, length, start + part.to(gl.int64) * batch.batch_rows, length)
+    elif batch.each.seq_offsets is not None:
         return Sequence(z, start, index % batch.num_heads, length, start.to(gl.int64), length)
     else:
         return Sequence(z, start, index % batch.num_heads, length, z.to(gl.int64) * batch.N, batch.N)
@@ -128,6 +151,9 @@ def sequence_of(index, batch):
 def mask_of(z, batch):
     """The mask of sequence z."""
     length = length_at(z, batch)
+    cached = cached_at(z, batch)
+    if cached is not None:
+        length += cached
     history_end = length
     if batch.each.num_targets is not None:
         history_end = length - gl.load(batch.each.num_targets + z).to(gl.int32)

@@ -22,15 +22,14 @@ from hstu_compile.ops.kernels.attention_tiles import (
     weighted,
     weights,
 )
-from hstu_compile.ops.kernels.attention_triton import capability_and_memory, family_of, rows_of
+from hstu_compile.ops.kernels.attention_triton import capability_and_memory, constant, family_of, rows_of
 from hstu_compile.ops.kernels.attention_triton_tiles import tiles_for
-from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
+from hstu_compile.ops.kernels.launch import Extent, Launch, processors
 from hstu_compile.ops.kernels.mask_tiles import nth_tile, num_tiles
-from hstu_compile.ops.kernels.paged_parts import partial_sums, parts_of, sum_launch
+from hstu_compile.ops.kernels.paged_parts import Parts, parts_of, run_in_parts
 from hstu_compile.ops.kernels.paged_tiles import Pages, paged_key_spans, part_of_spans, tile_start
 from hstu_compile.ops.kernels.silu import silu
 from hstu_compile.ops.kernels.slots import slots_of, tile_of_program
-from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 
 def unsupported(capability: tuple[int, int], *, dtype: torch.dtype, dim: int) -> str | None:
@@ -41,7 +40,7 @@ def unsupported(capability: tuple[int, int], *, dtype: torch.dtype, dim: int) ->
 
 
 @triton.jit
-def pages_of(positions, pages, sequence, cached):
+def load_page_numbers(positions, pages, sequence, cached):
     """The page of each position of history, anything elsewhere."""
     places = pages.table + tl.cast(sequence, tl.int64) * pages.table_stride + positions // pages.SIZE
     return tl.load(places, mask=positions < cached, other=0)
@@ -71,6 +70,7 @@ RUNTIME = [
     "slots_per_seq",
     "num_sequences",
     "parts",
+    "total_rows",
     "N",
     "num_heads",
     "contextual_seq_len",
@@ -94,6 +94,7 @@ def paged_attention_kernel(
     slots_per_seq,
     num_sequences,
     parts,
+    total_rows,
     N,
     family,
     num_heads,
@@ -127,7 +128,7 @@ def paged_attention_kernel(
     out = tl.zeros((ROWS, out_rows.BLOCK), tl.float32)
     lost = tl.zeros((ROWS, out_rows.BLOCK), tl.float32)
     col0 = tile_start(nth_tile(0, spans), cached, COLS)
-    page = pages_of(col0 + tl.arange(0, COLS), pages, batch, cached)
+    page = load_page_numbers(col0 + tl.arange(0, COLS), pages, batch, cached)
     for i in range(num_tiles(spans)):
         cols = col0 + tl.arange(0, COLS)
         k = load_keys(k_rows, pool_rows, 0, page, at, col0, cols, cached, m.length, pages)
@@ -138,8 +139,9 @@ def paged_attention_kernel(
         v = load_keys(v_rows, pool_rows, 1, page, at, col0, cols, cached, m.length, pages)
         out, lost = add_product(out, lost, p.to(v.dtype), v)
         col0 = tile_start(nth_tile(i + 1, spans), cached, COLS)
-        page = pages_of(col0 + tl.arange(0, COLS), pages, batch, cached)
-    store_rows(out_rows, (batch, start, share), new_rows, out * scale, new, N, True)
+        page = load_page_numbers(col0 + tl.arange(0, COLS), pages, batch, cached)
+    own_start = start + (share // num_heads).to(tl.int64) * total_rows
+    store_rows(out_rows, (batch, own_start, share % num_heads), new_rows, out * scale, new, N, True)
 
 
 def forward(
@@ -155,45 +157,35 @@ def forward(
 ) -> Tensor:
     """The kernels' side of `hstu_compile::paged_hstu_attention`, whose keywords they are; scale = 1 / scaling_seq_len.
 
-    memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
+    memory: see `run_in_parts`.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel():
-        extent = Extent(q.shape[0], call["seq_offsets"].shape[0] - 1, call["max_seq_len"])
-        sums = partial_sums(out, parts_for(q, processors(q.device))(extent))
-        operands = q, k, v, pool.flatten(0, 2), page_table, cached_lengths, out, sums
-        counts = call["seq_offsets"], call["num_targets"], call["num_contextuals"]
-        tensors = [*operands, *counts]
-
-        def launches() -> list[Launch]:
-            return paged_launches(*operands, pool.shape[2], processors(q.device), **call)
-
-        run(memory, sums is None, tensors, extent, launches)
-    return out
-
-
-def parts_for(q: Tensor, sms: int) -> functools.partial:
-    """For an extent, into how many parts the keys are split."""
-    tile = tile_for(q)
-    return functools.partial(parts_of, heads=q.shape[1], rows=tile.rows, cols=tile.cols, processors=sms)
+    parts = parts_for(q, processors(q.device))
+    operands = q, k, v, pool, page_table, cached_lengths
+    return run_in_parts(*operands, attention_launch, parts, None, memory, call)
 
 
 def tile_for(q: Tensor) -> Any:
     return tiles_for(q.dtype, q.shape[-1], *capability_and_memory(q.device), has_cells=False).forward
 
 
-def paged_launches(
+def parts_for(q: Tensor, sms: int) -> Parts:
+    """On a GPU with so many multiprocessors."""
+    tile = tile_for(q)
+    return functools.partial(parts_of, q.shape[1], tile.rows, tile.cols, sms)
+
+
+def attention_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     pool: Tensor,
     page_table: Tensor,
     cached_lengths: Tensor,
-    out: Tensor,
-    sums: Tensor | None,
-    page_size: int,
-    sms: int,
+    result: Tensor,
+    counter: None,
     *,
+    page_size: int,
+    parts: Parts,
     seq_offsets: Tensor,
     num_targets: Tensor | None,
     num_contextuals: Tensor | None,
@@ -206,17 +198,14 @@ def paged_launches(
     max_attn_len: int,
     min_full_attn_seq_len: int,
     targets_share_position: bool,
-) -> list[Launch]:
-    """What `forward` runs, on a GPU with `sms` multiprocessors; pool: its rows, [num_pages * 2 * page_size, H, D]."""
+) -> Launch:
+    """See `run_in_parts`."""
     tile, heads = tile_for(q), q.shape[1]
-    extent = Extent(q.shape[0], seq_offsets.shape[0] - 1, max_seq_len)
-    parts = parts_for(q, sms)
     sizes = functools.partial(paged_sizes, heads, tile.rows, parts)
-    programs, numbers = sizes(extent)
+    programs, numbers = sizes(Extent(q.shape[0], seq_offsets.shape[0] - 1, max_seq_len))
     offsets, targets, contextuals = (
         t if t is None else t.contiguous() for t in (seq_offsets, num_targets, num_contextuals)
     )
-    table = page_table if page_table.stride(-1) == 1 else page_table.contiguous()
     family = family_of(
         causal,
         num_contextuals is not None or contextual_seq_len != 0,
@@ -224,9 +213,11 @@ def paged_launches(
         max_attn_len != 0,
         targets_share_position and num_targets is not None,
     )
+    rows = rows_of(result)._replace(batch_stride=0)
     arguments = (
-        *map(rows_of, (q, k, v, pool, out if sums is None else sums)),
-        Pages(table, table.stride(0), cached_lengths.contiguous(), attention_triton.constant(page_size)),
+        *map(rows_of, (q, k, v, pool)),
+        rows,
+        pages_of(page_table, cached_lengths, page_size),
         Sequences(offsets, None, targets, contextuals),
         *numbers.values(),
         family,
@@ -240,14 +231,16 @@ def paged_launches(
     )
     constants = {"ROWS": tile.rows, "COLS": tile.cols, "FAST": q.is_cuda and q.element_size() == 2}
     constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    attention = Launch(paged_attention_kernel, programs, arguments, constants, sizes)
-    if sums is None:
-        return [attention, zero_launch((out,), offsets, extent)]
-    return [attention, sum_launch(sums, out, offsets, extent, parts)]
+    return Launch(paged_attention_kernel, programs, arguments, constants, sizes)
 
 
-def paged_sizes(heads: int, rows: int, parts: functools.partial, extent: Extent) -> tuple[int, dict[str, int]]:
+def pages_of(page_table: Tensor, cached_lengths: Tensor, page_size: int) -> Pages:
+    table = page_table if page_table.stride(-1) == 1 else page_table.contiguous()
+    return Pages(table, table.stride(0), cached_lengths.contiguous(), constant(page_size))
+
+
+def paged_sizes(heads: int, rows: int, parts: Parts, extent: Extent) -> tuple[int, dict[str, int]]:
     """In the order of the kernel's arguments."""
     slots = slots_of(True, rows, extent._replace(max_seq_len=min(extent.max_seq_len, extent.rows)))
     sizes = {"slots_per_seq": slots.slots_per_seq, "num_sequences": extent.sequences, "parts": parts(extent)}
-    return slots.number * heads * sizes["parts"], sizes | {"N": extent.max_seq_len}
+    return slots.number * heads * sizes["parts"], sizes | {"total_rows": extent.rows, "N": extent.max_seq_len}

@@ -4,59 +4,102 @@ How many parts is decided from shapes alone: it does not change under a CUDA gra
 """
 
 import functools
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_compile.ops.kernels.launch import Extent, Launch
+from hstu_compile.ops.kernels.launch import Extent, Launch, run
+from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 BLOCK = 1024
 TOGETHER = 8  # loads in flight
 
+Parts = Callable[[Extent], int]
 
-def parts_of(extent: Extent, heads: int, rows: int, cols: int, processors: int) -> int:
+
+def parts_of(heads: int, rows: int, cols: int, processors: int, extent: Extent) -> int:
     """Of the keys of each tile of `rows` queries of a head, in tiles of `cols`."""
-    programs = -(-extent.rows // rows) * heads
-    return max(1, min(processors // max(1, programs), extent.max_seq_len // cols))
+    tiles = max(-(-extent.rows // rows), min(extent.sequences, extent.rows))
+    return max(1, min(processors // max(1, tiles * heads), extent.max_seq_len // cols))
 
 
-def partial_sums(like: Tensor, parts: int) -> Tensor | None:
-    """[T, parts * H, D] for results like [T, H, D]; None where there is but one part."""
-    if parts == 1:
-        return None
-    total, heads, dim = like.shape
-    return torch.empty(total, parts * heads, dim, dtype=torch.float32, device=like.device)
+def run_in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    cached_lengths: Tensor,
+    attention_launch: Callable[..., Launch],
+    parts: Parts,
+    counter: Tensor | None,
+    memory: dict[Hashable, Any] | None,
+    call: dict[str, Any],
+) -> Tensor:
+    """The attention's result.
+
+    attention_launch: takes the tensors, with the pool as its rows [num_pages * 2 * page_size, H, D]; for its results
+        [T, H, D] or partial sums [parts, T, H, D]; the counter, 0 by then, or None where there are parts; the page
+        size; `parts`; and the call.
+    counter: int32, for an attention that wants one.
+    memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    seq_offsets = call["seq_offsets"]
+    extent = Extent(q.shape[0], seq_offsets.shape[0] - 1, call["max_seq_len"])
+    number = parts(extent)
+    sums = None
+    if number > 1:
+        sums, counter = torch.empty(number, *q.shape, dtype=torch.float32, device=q.device), None
+    rows = pool.flatten(0, 2) if pool.numel() else k  # with no page at all, nothing is read
+    result = out if sums is None else sums
+    operands = q, k, v, rows, page_table, cached_lengths, result, counter
+
+    def launches() -> list[Launch]:
+        attention = attention_launch(*operands, page_size=pool.shape[2], parts=parts, **call)
+        if sums is None:
+            return [zero_launch((out,), seq_offsets, extent, counter), attention]
+        return [attention, sum_launch(sums, out, seq_offsets, extent, parts)]
+
+    tensors = [*operands, seq_offsets, call["num_targets"], call["num_contextuals"]]
+    run(memory, sums is None, tensors if sums is None else [*tensors, out], extent, launches)
+    return out
 
 
-@triton.jit(do_not_specialize=["batch", "parts"])
+@triton.jit(do_not_specialize=["total_rows", "batch", "parts"])
 def sum_parts_kernel(
-    sums_ptr, out_ptr, seq_offsets_ptr, batch, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
-):
-    """out [T, WIDTH] from sums [T, parts, WIDTH], 0 in rows of no sequence; a program a block of a row."""
+    sums_ptr, out_ptr, seq_offsets_ptr, total_rows, batch, parts,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """out [T, WIDTH] from sums [parts, T, WIDTH], 0 in rows of no sequence; a program a block of a row."""
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     cols = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     if row < tl.load(seq_offsets_ptr + batch):
-        sums_ptr += row * parts * WIDTH
         for first in range(0, parts, TOGETHER):
             for i in tl.static_range(TOGETHER):
                 inside = (cols < WIDTH) & (first + i < parts)
-                total += tl.load(sums_ptr + (first + i) * WIDTH + cols, mask=inside, other=0.0)
+                own = sums_ptr + ((first + i) * tl.cast(total_rows, tl.int64) + row) * WIDTH
+                total += tl.load(own + cols, mask=inside, other=0.0)
     tl.store(out_ptr + row * WIDTH + cols, total.to(out_ptr.dtype.element_ty), mask=cols < WIDTH)
 
 
-def sum_launch(sums: Tensor, out: Tensor, seq_offsets: Tensor, extent: Extent, parts: functools.partial) -> Launch:
-    """parts: for an extent, how many there are."""
+def sum_launch(sums: Tensor, out: Tensor, seq_offsets: Tensor, extent: Extent, parts: Parts) -> Launch:
+    """out from sums [parts, T, H, D]."""
     width = out.shape[1] * out.shape[2]
     sizes = functools.partial(sum_sizes, parts, -(-width // BLOCK))
     programs, numbers = sizes(extent)
-    arguments = (sums, out, seq_offsets, *numbers.values())
+    arguments = (sums, out, seq_offsets.contiguous(), *numbers.values())
     constants = {"WIDTH": width, "BLOCK": BLOCK, "TOGETHER": TOGETHER, "num_warps": 4}
     return Launch(sum_parts_kernel, programs, arguments, constants, sizes)
 
 
-def sum_sizes(parts: functools.partial, blocks: int, extent: Extent) -> tuple[int, dict[str, int]]:
-    return extent.rows * blocks, {"batch": extent.sequences, "parts": parts(extent)}
+def sum_sizes(parts: Parts, blocks: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    return extent.rows * blocks, {"total_rows": extent.rows, "batch": extent.sequences, "parts": parts(extent)}
