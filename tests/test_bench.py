@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention_problem, attention_sweep, demo, plots, sanitize, show, tables
+from bench import attention_problem, attention_sweep, demo, paged_attention, plots, sanitize, show, tables
 from bench.attention_problem import Problem
 from bench.launches import in_parallel
 from hstu_compile.ops.hstu_attention_reference import live_cells
@@ -166,6 +166,19 @@ def test_small_tools(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     rows = attention_sweep.measure(Problem(8, 40, width=16, batch=2), seconds=0.01)
     assert [row["direction"] for row in rows] == ["forward", "backward"]
     assert all(row["tflops"] > 0 and row["sustained_ms"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes a while on a GPU")
+def test_paged_attention(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the CPU, with the reference for a kernel."""
+    monkeypatch.setattr(paged_attention, "SECONDS", 0.01)
+    paged_attention.main(["--batches", "2", "--page-sizes", "16", "--out", str(tmp_path / "paged.json")])
+    assert "unpaged" in capsys.readouterr().out
+    rows = [run["extra_info"] for run in json.loads((tmp_path / "paged.json").read_text())["benchmarks"]]
+    assert len(rows) == 3 and all(row["ms"] > 0 for row in rows)
+    paged, whole = (paged_attention.Problem(2, 30, 3, 5, 1, 16).flops(whole) for whole in (False, True))
+    live = live_cells(torch.tensor([38]), 38, num_targets=torch.tensor([5]))
+    assert (paged, whole) == tuple(2 * 4 * 16 * int(cells.sum()) for cells in (live[:, 30:], live))
 
 
 RACES = """

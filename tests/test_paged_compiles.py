@@ -3,6 +3,8 @@
 python tests/test_paged_compiles.py      # what every kernel takes of a GPU
 """
 
+import functools
+import re
 from typing import Any
 from unittest import mock
 
@@ -19,7 +21,7 @@ from hstu_compile.ops.kernels import (
     paged_attention_triton,
     paged_parts,
 )
-from hstu_compile.ops.kernels.launch import Extent, Launch
+from hstu_compile.ops.kernels.launch import Extent, Launch, with_places
 
 PAGE_SIZES = [16, 32, 64, 128, 256]
 NOTHING: dict[str, Any] = {
@@ -34,8 +36,10 @@ NOTHING: dict[str, Any] = {
 }
 
 
-def launched(kernels: Any, dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> list[Launch]:
-    """What a call of the ops launches on 132 multiprocessors; split up if there are to be parts."""
+def launched(
+    kernels: Any, dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int, run: Any = None
+) -> list[Launch]:
+    """What a call of the ops launches on 132 multiprocessors; split up if there are to be parts. run: done instead."""
     q, k, v = (torch.empty(16, 4, H, dim, dtype=dtype)[:, i] for i in range(3))
     pool = torch.empty(4, 2, page_size, H, dim, dtype=dtype)
     table, cached = torch.zeros(1, 16, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -44,7 +48,7 @@ def launched(kernels: Any, dim: int, dtype: torch.dtype, page_size: int, mask: s
     found: list[Launch] = []
     with (
         mock.patch.object(kernels, "processors", lambda device: 132 if parts > 1 else 1),
-        mock.patch.object(paged_parts, "run", lambda memory, key, tensors, extent, launches: found.extend(launches())),
+        mock.patch.object(paged_parts, "run", run or (lambda *call: found.extend(call[-1]()))),
     ):
         kernels.forward(q, k, v, pool, table, cached, **call)
     extent = Extent(16, 1)
@@ -135,6 +139,45 @@ def test_boxes_of_pages(page_size: int, cols: int) -> None:
                     inside = position + row < cached and d < dim
                     want = pool[page, side, (position + row) % page_size, 1, d].item() if inside else 0.0
                     assert read_by_tma(descriptor, [limit, end, limit - rest + row, 1, d]) == want
+
+
+@pytest.mark.parametrize(
+    "rows, sequences, max_seq_len, parts",
+    [
+        (384, 1, 4480, 11),  # 3 tiles of 4 heads on 132 multiprocessors
+        (8 * 256, 8, 4352, 2),
+        (32 * 256, 32, 4352, 1),
+        (130, 1, 130, 2),  # no more parts than there are tiles of keys
+        (2000, 2000, 4096, 1),  # a token each: a tile each
+        (1, 1, 63, 1),
+    ],
+)
+def test_parts_and_programs(rows: int, sequences: int, max_seq_len: int, parts: int) -> None:
+    """From shapes alone; what goes by them is found again in a launch that is done again."""
+    extent = Extent(rows, sequences, max_seq_len)
+    split = functools.partial(paged_parts.parts_of, 4, 128, 64, 132)
+    assert split(extent) == parts
+    programs, sizes = paged_attention_sm90.paged_sizes(4, 256, split, 132, extent)
+    assert sizes["num_heads"] == 4 * parts and sizes["parts"] == parts and sizes["N"] == max_seq_len
+    assert programs == (min(132, sizes["num_tickets"]) if parts == 1 else sizes["num_tickets"])
+    assert paged_attention_triton.paged_sizes(4, 128, split, extent)[0] >= -(-rows // 128) * 4 * parts
+
+
+@pytest.mark.parametrize("kernels", [paged_attention_sm90, paged_attention_triton])
+@pytest.mark.parametrize("parts", [1, 11])
+def test_launches_can_be_done_again(kernels: Any, parts: int) -> None:
+    """Every tensor and size among the arguments of a launch is one that a later call brings."""
+    seen = []
+
+    def instead(memory: Any, key: Any, tensors: list, extent: Extent, launches: Any) -> None:
+        for launch in launches():
+            places = str(with_places(launch, tensors, extent))
+            seen.append(
+                (launch.kernel.__name__, set(launch.sizes(extent)[1]) <= set(re.findall(r"key='(\w+)'", places)))
+            )
+
+    launched(kernels, 64, torch.bfloat16, 32, "targets", parts, instead)
+    assert len(seen) == 2 and all(found for _, found in seen), seen
 
 
 if __name__ == "__main__":
