@@ -64,6 +64,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
         new._rename(old.name)
         new.target = new.name
+        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     captured.recompile()
     for node in captured.graph.nodes:
         if torch.Tag.inplace_view in getattr(node.target, "tags", ()) and node.args[0].op == "placeholder":
@@ -170,7 +171,6 @@ def graft(captured: fx.GraphModule, gm: fx.GraphModule) -> None:
     """
     for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
         new.meta.update(old.meta)
-        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     for node in captured.graph.find_nodes(op="get_attr"):
         setattr(gm, node.target, getattr(captured, node.target))
     gm.graph = captured.graph

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from hstu_compile.ops import kernel_table
+from hstu_compile.passes.attention_drawbacks import drawback
 from hstu_compile.passes.attention_mask import MaskMeaning
 from hstu_compile.passes.attention_operands import JaggedLayout, Layout, find_region, find_unpadded
 from hstu_compile.passes.attention_scores import Misfit, find_chain, nonlinearity, read_chain, refuse_other_users
@@ -37,7 +38,7 @@ from hstu_compile.passes.jagged import read_offsets_at_their_source
 from hstu_compile.passes.mask_counts import counts, live_keys
 from hstu_compile.passes.mask_tile_states import with_tile_states
 from hstu_compile.passes.products import Labels, Product, as_product
-from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.report import Region, Report, source_line, spoken
 
 NAME = "attention"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,7 +63,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
             gone |= erased
             fused += 1
         except Misfit as misfit:
-            report.add(Region(NAME, "silu(q kT) v", source_line(misfit.node), misfit.reason))
+            report.add(Region(NAME, "silu(q @ k.T) @ v", source_line(misfit.node), misfit.reason, change=misfit.change))
             erase_dead(n for n in reversed(gm.graph.nodes) if n not in known)
     return fused
 
@@ -99,7 +100,11 @@ def _read(second: Product, chain: list[fx.Node], labels: Labels, values: fx.Node
     region = find_region(axes, second, labels, values, value_labels, scores, by_label)
     refuse_other_users(scores, second.node)
     if value(second.node).dtype not in DTYPES:
-        raise Misfit(second.node, f"dtype {value(second.node).dtype}")
+        raise Misfit(
+            second.node,
+            f"computed in {value(second.node).dtype}",
+            "float32, bfloat16 or float16: model.float(), torch.autocast",
+        )
     unpadded = find_unpadded(region)
     layout = Layout(region) if unpadded is None else JaggedLayout(region, unpadded)
     return layout, read_weights(layout)
@@ -135,9 +140,10 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
     assert silu is not None
     out = insert_call(graph, before, torch.ops.hstu_compile.hstu_attention.default, args, like=silu)
     scaled = layout.scaled(out, region.row, weights.of_output)
-    reported = Region(
-        NAME, _words(layout, weights, meaning, alpha), source_line(silu), kernel=_kernel(q, v, mask, bias)
-    )
+    kernel = _kernel(q, v, mask, bias)
+    slower, change = drawback(layout, weights, kernel)
+    words = _words(layout, weights, meaning, alpha)
+    reported = Region(NAME, words, source_line(silu), kernel=kernel, slower=slower, change=change)
     return reported, _replace(layout, scaled)
 
 
@@ -196,11 +202,11 @@ def _is_like(user: fx.Node) -> bool:
 
 
 def _words(layout: Layout, weights: Weights, meaning: MaskMeaning, alpha: float) -> str:
-    words = [meaning.words if meaning is weights.meaning else f"mask tensor ({weights.meaning.reason})"]  # type: ignore
+    words = [meaning.words if meaning is weights.meaning else "mask tensor"]
     words += [layout.words, f"alpha {alpha:g}", f"divisor {weights.scaling_seq_len}"]
     words += ["bias"] * bool(weights.biases)
     for name, factors in (("q", weights.of_q), ("k", weights.of_k), ("v", weights.of_v), ("out", weights.of_output)):
-        words += [f"{name} scaled by {', '.join(term.node.name for term in factors)}"] * bool(factors)
+        words += [f"{name} scaled by {', '.join(spoken(term.node) for term in factors)}"] * bool(factors)
     return "; ".join(words)
 
 

@@ -18,10 +18,12 @@ from hstu_compile.passes.mask_inputs import Expression, Symbols, assignments
 from hstu_compile.passes.mask_meaning import MaskMeaning, MaskTerm, Opaque, Scalar, silu_of_fill_is_zero
 from hstu_compile.passes.mask_reading import Reading, Region, Roles
 from hstu_compile.passes.mask_samples import all_cells
+from hstu_compile.passes.report import spoken
 
 __all__ = ["MaskMeaning", "MaskTerm", "Opaque", "Scalar", "identify", "silu_of_fill_is_zero"]
 
 ROLES = ("targets", "contextual", "lengths")
+FAMILY = "known are causal or full, padding, a window, contextual rows, targets, and these together"
 LONGEST_TABLE = 2048  # a mask made from a constant tensor is compared cell by cell up to this length
 
 
@@ -62,7 +64,9 @@ def _identify(region: Region) -> MaskMeaning | Opaque:
     expression = Expression([term.node for term in region.terms], region.batch_size, known)
     free = [leaf for leaf in expression.leaves if leaf not in known]
     if len(free) > len(ROLES):
-        return Opaque(f"it reads {len(free)} counts: {', '.join(leaf.name for leaf in free)}")
+        return Opaque(
+            f"it reads {len(free)} counts a sequence, {', '.join(map(spoken, free))}, and at most {len(ROLES)} fit"
+        )
     sizes = _sizes(region, expression, known | dict(zip(free, ROLES, strict=False)))
     # A jagged region's lengths are known from its offsets: other lengths come last there, first in a dense one.
     jagged = region.seq_offsets is not None
@@ -82,7 +86,7 @@ def _identify(region: Region) -> MaskMeaning | Opaque:
             return _meaning(region, trial, found)
         near.append((found, search))
     closest, search = max(near, key=lambda pair: pair[0].cells)
-    return Opaque(search.mismatch(closest.parameters))
+    return Opaque(search.mismatch(closest.parameters), FAMILY)
 
 
 def _sizes(region: Region, expression: Expression, roles: Roles) -> list[Symbols]:
@@ -127,8 +131,8 @@ def _meaning(region: Region, trial: Roles, found: Parameters) -> MaskMeaning | O
     inputs = {role: node for node, role in trial.items()}
     if region.seq_offsets is not None and "lengths" in inputs:
         return Opaque(
-            f"it takes {inputs['lengths'].name} for the lengths, which doesn't follow from the region's offsets, "
-            f"{region.seq_offsets.name}"
+            f"it takes {spoken(inputs['lengths'])} for the lengths, which doesn't follow from the region's offsets, "
+            f"{spoken(region.seq_offsets)}"
         )
     return MaskMeaning(
         seq_lengths=inputs.get("lengths"),
@@ -165,7 +169,7 @@ class _Search:
 
     def mismatch(self, parameters: Parameters) -> str:
         cell = next(filter(None, self._differences(parameters)), "not everywhere")
-        return f"it is none of the family: closest is {parameters.words}, but {cell}"
+        return f"it has no closed form: closest is {parameters.words}, but {cell}"
 
     def _reading(self, symbols: Symbols) -> Reading:
         return Reading(self.region, self.expression, symbols, self.roles)

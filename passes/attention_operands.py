@@ -105,7 +105,8 @@ def find_region(
     (query, query_dims), (key, key_dims) = sides
     value_dims = tuple((by_label[label],) if label else () for label in value_labels)
     if column in flat(query_dims) or column not in flat(key_dims):
-        raise Misfit(first.node, "the columns of the scores are not the rows of one factor")
+        change = "scores = q @ k.mT, out = weights @ v"
+        raise Misfit(first.node, "the columns of the scores are not the tokens of k", change)
 
     everywhere = [
         axis for group in axes.resolve(tuple((by_label[name],) for name in weights if name)) for axis in group
@@ -123,7 +124,8 @@ def find_region(
     k = trace(axes, key, key_dims, constants=True)
     v = trace(axes, values, value_dims)
     if not same(rows[0].size, column.size):
-        raise Misfit(first.node, "fewer queries than keys, or more (a cache, or cross attention)")
+        reason = f"fewer queries than keys, or more: {rows[0].size} and {column.size} (a cache, or cross attention)"
+        raise Misfit(first.node, reason, "a sequence that attends to itself is what fits")
     out_dims = tuple((by_label[label],) for label in second.out_labels)
     region = Region(axes, second, scores, q, k, v, out_dims, rows[0], column, attn, hidden[0])
     _name_batch_and_head(region, [a for a in everywhere if a not in (rows[0], column)])
@@ -148,7 +150,8 @@ def _name_batch_and_head(region: Region, found: list[Axis]) -> None:
         heads = [axis for axis in rest if any(axis in group for group in groups)] or rest[1:]
         batches = [axis for axis in rest if axis not in heads]
     if len(heads) > 1 or len(batches) > 1:
-        raise Misfit(region.scores.product.node, "more than one batch and one head dimension")
+        change = "fold them: [B, H, N, D]"
+        raise Misfit(region.scores.product.node, "more than one batch and one head dimension", change)
     region.batch, region.head = next(iter(batches), None), next(iter(heads), None)
 
 

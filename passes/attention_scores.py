@@ -6,11 +6,13 @@ The chain is read call by call from the weights upwards; what the factors and bi
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from hstu_compile.passes import report
 from hstu_compile.passes.activation import as_activation
 from hstu_compile.passes.attention_mask import silu_of_fill_is_zero
 from hstu_compile.passes.axes import LAYOUT, Axes, Dims, aligned
@@ -30,9 +32,11 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.products import Product, as_product
+from hstu_compile.passes.report import spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
 
 LONGEST_CHAIN = 64
+ALONE = "leave them to the attention; who else wants them computes them a second time"
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
 DIVIDE = {
@@ -50,12 +54,12 @@ WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 TRIANGLE = {aten.tril.default, aten.triu.default}
 
 
-class Misfit(Exception):
-    """The first thing that did not fit: the node, and why."""
+class Misfit(report.Misfit):
+    """The first thing that did not fit: the node, why, and what would."""
 
-    def __init__(self, node: fx.Node, reason: str):
-        super().__init__(reason)
-        self.node, self.reason = node, reason
+    def __init__(self, node: fx.Node, reason: str, change: str | None = None):
+        super().__init__(reason, change)
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -152,24 +156,32 @@ def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
     product, strange = as_product(chain[-1]), nonlinearity(chain)
     assert product is not None and strange is not None
     if not _is_silu(strange):
-        raise Misfit(strange, f"{_name(strange)}, not silu")
+        raise Misfit(strange, f"{spoken(strange)}, not silu, turns scores into attention weights", _instead_of(strange))
     scores = Scores(product)
     for node, main in zip(chain[:-1], chain[1:], strict=True):
         scores.dims_of[node] = dims
         if is_call(node, *LAYOUT):
             earlier = axes.before(node, dims)
             if earlier is None:
-                raise Misfit(node, "a change of shape that mixes the axes of the scores")
+                raise Misfit(
+                    node,
+                    "a change of shape that mixes the axes of the scores",
+                    "keep batch, head, query and key in dimensions of their own",
+                )
             dims = earlier
         elif is_cast(node):
             pass
         elif is_call(node, aten.dropout.default):
             p, train = argument(node, 1, "p"), argument(node, 2, "train")
             if train and number(p) != 0:
-                raise Misfit(node, "dropout on the attention weights")
+                raise Misfit(
+                    node,
+                    "dropout on the attention weights",
+                    "dropout behind norm and gate is fused; here only p=0, or eval mode",
+                )
         elif _is_silu(node):
             if scores.silu is not None:
-                raise Misfit(node, "a second silu")
+                raise Misfit(node, "a second silu between scores and weights")
             scores.silu = node
             for gate in node.all_input_nodes:  # the sigmoid, and casts beside the chain, belong to it
                 while gate not in (main, look_through(main)):
@@ -192,14 +204,20 @@ def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None
     if selected is not None:
         mask, fill, acts = selected
         if fill is None:
-            raise Misfit(node, "fills with a value that is not known to be constant")
+            raise Misfit(
+                node, "fills with a value that is not known to be constant", "fill with the number 0, after silu"
+            )
         if before_silu:
             fill *= scores.alpha
             scaled_later = fill and scores.factors
             if scores.biases or scaled_later or not _vanishes(fill, node):
-                raise Misfit(node, f"masked with {fill:g} before silu, which does not give exactly 0")
+                raise Misfit(
+                    node,
+                    f"masked with {fill:g} before silu, which gives {'not exactly 0' if isfinite(fill) else 'NaN'}",
+                    "mask after silu, with 0: F.silu(scores).masked_fill(~mask, 0), or F.silu(scores) * mask",
+                )
         elif fill != 0:
-            raise Misfit(node, f"masked with {fill:g}, not 0, after silu")
+            raise Misfit(node, f"masked with {fill:g}, not 0, after silu", "fill with 0")
         (scores.masks if before_silu else scores.weights).append(Term(mask, aligned(mask, dims), acts, dims))
     elif scaled is not None:
         other, role = scaled
@@ -224,9 +242,12 @@ def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None
     elif added is not None and before_silu:
         _add(*added, dims, scores)
     elif added is not None:
-        raise Misfit(node, "something is added to the attention weights after silu")
+        raise Misfit(
+            node, "something is added to the attention weights after silu", "add it to the scores, before silu"
+        )
     else:
-        raise Misfit(node, f"{_name(node)} on the attention scores")
+        change = "scale, bias and mask are what fits beside silu"
+        raise Misfit(node, f"{spoken(node)} on the attention {'scores' if before_silu else 'weights'}", change)
 
 
 def _vanishes(fill: float, node: fx.Node) -> bool:
@@ -241,7 +262,7 @@ def _add(other: Any, scale: float, dims: Dims, scores: Scores) -> None:
         kwargs = {"dtype": value(product).dtype, "device": value(product).device}
         other = insert_call(product.graph, product, aten.full.default, ([], constant), kwargs, like=product)
     if not isinstance(other, fx.Node) or not is_floating(other):
-        raise Misfit(product, "the bias of the scores is not a floating-point tensor")
+        raise Misfit(product, "the bias of the scores is not a floating-point tensor", "bias.to(scores.dtype)")
     bias = Bias(other, aligned(other, dims), dims, scale * scores.alpha, tuple(scores.factors))
     scores.biases.append(bias)
 
@@ -288,10 +309,12 @@ def refuse_other_users(scores: Scores, second: fx.Node) -> None:
     for node in scores.dims_of:
         for user in node.users:
             if user.op == "output":
-                raise Misfit(node, "the attention scores are returned")
+                raise Misfit(node, "the attention scores are returned, or the weights", ALONE)
             if user is not second and user not in scores.dims_of and not reads_only_metadata(user):
-                raise Misfit(user, "the attention scores are used here too")
+                raise Misfit(user, "the attention scores, or the weights, are used here too", ALONE)
 
 
-def _name(node: fx.Node) -> str:
-    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+def _instead_of(strange: fx.Node) -> str:
+    if is_call(strange, aten.softmax.int, aten._softmax.default):
+        return "F.silu(scores) / N is HSTU's; where softmax is meant, F.scaled_dot_product_attention is fused by torch"
+    return "F.silu(scores) is HSTU's; other activations are left to Inductor"

@@ -49,7 +49,10 @@ def read_weights(layout: Layout) -> Weights:
         if by_row and by_column:
             if not is_mask:
                 why = "a divisor" if term.role == "divides" else "a factor that needs a gradient"
-                raise Misfit(term.node, f"{why} over rows and columns in the attention weights")
+                change = (
+                    "what fits is one factor a row, column or head; for a pair of tokens, a 0/1 mask without gradient"
+                )
+                raise Misfit(term.node, f"{why} over rows and columns in the attention weights", change)
             cells.append(term)
         elif is_mask and (by_row or by_column):
             (columns if by_column else rows).append(term)
@@ -58,7 +61,8 @@ def read_weights(layout: Layout) -> Weights:
     _identify(layout, weights, cells, rows, columns)
     for term in binary:
         if term in weights.masks or any(term not in bias.factors for bias in scores.biases):
-            raise Misfit(term.node, "the scores are multiplied by a tensor over rows and columns before silu")
+            change = "a 0/1 mask fits after silu: F.silu(scores) * mask"
+            raise Misfit(term.node, "the scores are multiplied by a tensor over rows and columns before silu", change)
     weights.biases = [replace(b, factors=tuple(f for f in b.factors if f not in binary)) for b in weights.biases]
     _normalise(weights, scores.multiplier, scores.divisor)
     return weights

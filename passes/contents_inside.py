@@ -1,4 +1,6 @@
-"""What is known of a graph's inputs, carried into its checkpointed and nested regions; dropped where they change."""
+"""What is known of a graph's inputs, carried into its checkpointed and nested regions; dropped where they change.
+
+Also their names, for the report."""
 
 from collections.abc import Callable, Container, Sequence
 
@@ -23,9 +25,12 @@ def carry_inside(graph: fx.Graph, calls: Sequence[Call], kinds: Container[Callab
             if not isinstance(argument, fx.Node):
                 continue
             held = _behind_views(argument)
+            once = sum(body is other for _, other in calls) == 1
+            if once:
+                node._dynamo_source = getattr(argument, "_dynamo_source", None)
             if is_offered(held) and _may_be_written(node, kinds):
                 cancel(held)
-            elif is_offered(argument) and sum(body is other for _, other in calls) == 1:
+            elif is_offered(argument) and once:
                 pass_on(argument, node)
 
 

@@ -18,7 +18,7 @@ from hstu_compile.passes.index_space import (
     symbols_of,
 )
 from hstu_compile.passes.index_space_ops import VIEWS, NotUnderstood
-from hstu_compile.passes.report import source_line
+from hstu_compile.passes.report import source_line, spoken
 
 Symbols = dict[sympy.Symbol, int]
 
@@ -110,23 +110,28 @@ class Expression:
         """The inputs of which it is known what they hold."""
         return [node for node in self.nodes if content(node) is not None]
 
-    def _visit(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]]) -> dict[fx.Node, bool]:
-        """Nodes read by `node`, itself included, and whether each is a leaf."""
+    def _visit(
+        self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]], reader: fx.Node | None = None
+    ) -> dict[fx.Node, bool]:
+        """Nodes read by `node`, itself included, and whether each is a leaf; `reader`: who reads it here."""
         if node not in seen:
-            seen[node] = self._read(node, seen)
+            seen[node] = self._read(node, seen, reader or node)
         return seen[node]
 
-    def _read(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]]) -> dict[fx.Node, bool]:
+    def _read(self, node: fx.Node, seen: dict[fx.Node, dict[fx.Node, bool]], reader: fx.Node) -> dict[fx.Node, bool]:
         if node in self._known:
             return {node: True}
         if is_scalar(node):
             # Numbers end at the tensors whose sizes they are.
             below = [n for n in node.all_input_nodes if is_scalar(n)]
             return {node: False} | {n: leaf for b in below for n, leaf in self._visit(b, seen).items()}
-        reason = NotUnderstood(f"it reads {node.name}, which is no count of tokens a sequence: {source_line(node)}")
+        where = source_line(reader if node.op == "placeholder" else node)
+        reason = NotUnderstood(f"it reads {spoken(node)}, which is no count of tokens a sequence, at {where}")
         if node.op == "get_attr" or is_understood(node):
             try:
-                return {node: False} | {n: leaf for o in operands(node) for n, leaf in self._visit(o, seen).items()}
+                return {node: False} | {
+                    n: leaf for o in operands(node) for n, leaf in self._visit(o, seen, node).items()
+                }
             except NotUnderstood as error:
                 reason = error
         if (self.is_count(node) or self.is_count(node, self._extra)) and not self._cuts_offsets(node):

@@ -7,6 +7,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from hstu_compile.passes.report import spoken
+
 Scalar = int | fx.Node  # a Python int, or a graph node whose value is a SymInt
 # What a dense mask does beyond the lengths: no rows and columns there; no columns, while rows attend to history; or
 # rows and columns there are like any other, and the lengths only tell where history ends.
@@ -57,12 +59,12 @@ class MaskMeaning:
         words = ["causal" if self.causal else "full"]
         if self.seq_lengths is not None:
             what = {"dead": "padding", "dead keys": "padding of keys", "live": "history"}[self.padding]
-            words.append(f"{what} by lengths: {self.seq_lengths.name}")
+            words.append(f"{what} by lengths: {spoken(self.seq_lengths)}")
         if self.num_targets is not None:
             groups = "" if self.target_group_size == 1 else f", groups of {self.target_group_size}"
-            words.append(f"targets: {self.num_targets.name}{groups}")
+            words.append(f"targets: {spoken(self.num_targets)}{groups}")
         if self.num_contextuals is not None:
-            words.append(f"contextual rows: {self.num_contextuals.name}")
+            words.append(f"contextual rows: {spoken(self.num_contextuals)}")
         elif self.contextual_seq_len != 0:
             words.append(f"contextual rows: {self.contextual_seq_len}")
         if self.max_attn_len != 0:
@@ -77,9 +79,10 @@ class MaskMeaning:
 
 @dataclass(frozen=True)
 class Opaque:
-    """The mask stays a tensor operand; why."""
+    """The mask stays a tensor operand; why, and what would not."""
 
     reason: str
+    change: str = "build it from positions (arange, tril) and counts a sequence (lengths, offsets, targets) alone"
 
 
 def silu_of_fill_is_zero(value: float, dtype: torch.dtype) -> bool:

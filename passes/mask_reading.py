@@ -16,6 +16,7 @@ from hstu_compile.passes.index_space_ops import ZERO, Coords, NotUnderstood
 from hstu_compile.passes.mask_inputs import Expression
 from hstu_compile.passes.mask_meaning import MaskTerm, Padding, silu_of_fill_is_zero
 from hstu_compile.passes.mask_samples import Counts, Samples, leaf_of, sample, sample_counts
+from hstu_compile.passes.report import spoken
 
 Roles = dict[fx.Node, str]  # what an input holds: "lengths", "offsets", "targets", "contextual"
 
@@ -95,7 +96,7 @@ class Reading:
         if self.region.seq_offsets is not None:
             begin, end = (space.value(self.region.seq_offsets, (samples.batch + k,)) for k in (0, 1))
             if not torch.equal((end - begin).long().expand_as(lengths), lengths):
-                raise NotUnderstood(f"the offsets {self.region.seq_offsets.name} don't follow from the lengths")
+                raise NotUnderstood(f"the offsets {spoken(self.region.seq_offsets)} don't follow from the lengths")
         matters = torch.tensor(True)
         if not self.region.padding_matters:
             matters = (samples.rows < lengths) & (samples.cols < lengths)
@@ -142,5 +143,7 @@ def _live(term: MaskTerm, value: Tensor, matters: Tensor) -> Tensor:
         live, dead = (value == 1, value == 0) if term.role == "keeps" else (value == 0, value == 1)
     strange = ~(dead | live) & matters
     if strange.any():
-        raise NotUnderstood(f"it takes the value {value.expand_as(strange)[strange][0].item()}, neither dead nor live")
+        raise NotUnderstood(
+            f"it takes the value {value.expand_as(strange)[strange][0].item()}, neither 0 nor 1, neither dead nor live"
+        )
     return live

@@ -14,6 +14,7 @@ import torch._inductor.config
 from torch import fx
 
 from hstu_compile.ops.norm_gate_dropout import PARAMETERS, runs_on
+from hstu_compile.passes import unknown_norm
 from hstu_compile.passes.activation import as_activation
 from hstu_compile.passes.axes import RESHAPES
 from hstu_compile.passes.graph import (
@@ -32,7 +33,7 @@ from hstu_compile.passes.graph import (
     writes_to,
 )
 from hstu_compile.passes.norm import Norm, as_norm
-from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.report import Misfit, Region, Report, source_line, spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
 
 NAME = "output"
@@ -40,10 +41,6 @@ NAME = "output"
 PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 PRODUCTS = {aten.einsum.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default}
-
-
-class Misfit(Exception):
-    """The first thing that did not fit, in words."""
 
 
 @dataclass
@@ -72,7 +69,7 @@ class Gate:
 
 def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every gate of the graph; returns how many."""
-    fused = 0
+    fused, missed = 0, set()
     for find, what in ((_find, "norm * gate"), (_find_gate_first, "norm of a gated value")):
         for product in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
             try:
@@ -82,7 +79,9 @@ def run(gm: fx.GraphModule, report: Report) -> int:
                     report.add(Region(NAME, _in_words(gate), source_line(product), kernel=kernel))
                     fused += 1
             except Misfit as misfit:
-                report.add(Region(NAME, what, source_line(product), reason=str(misfit)))
+                missed.add(product)
+                report.add(Region(NAME, what, source_line(product), misfit.reason, change=misfit.change))
+    report.regions += unknown_norm.find(gm.graph, missed, NAME)
     return fused
 
 
@@ -102,7 +101,8 @@ def _find(product: fx.Node) -> Gate | None:
         if same(shape(other)[-1], 1) and is_zero_or_one(other):
             continue  # clears padded rows
         if not (same_shape(shape(other), shape(product)) and same_shape(shape(normed), shape(product))):
-            raise Misfit(f"the gate has shape {_sizes(other)}, the normalised value {_sizes(normed)}")
+            change = "a gate of the normalised value's shape"
+            raise Misfit(f"the gate has shape {_sizes(other)}, the normalised value {_sizes(normed)}", change)
         x = _path(norm.x)[1]
         activation, u = _activation(other)
         gate = Gate(product, norm, x, u, activation, between, [product])
@@ -182,7 +182,7 @@ def _check_origin(gate: Gate) -> None:
     x = gate.x
     if torch.Tag.pointwise not in getattr(x.target, "tags", ()) or _comes_from_attention(x):
         return
-    raise Misfit(f"the norm's input is computed by {x.target}, not by attention: Inductor fuses the two")
+    raise Misfit(f"the norm's input is computed by {spoken(x)}, not by attention: Inductor fuses the two")
 
 
 def _comes_from_attention(node: fx.Node) -> bool:
@@ -283,7 +283,10 @@ def _row_width(gate: Gate) -> int:
         width *= size
         fitting += [width] * _fits(gate, width)
     if not fitting:
-        raise Misfit(f"the norm runs over {gate.norm.run} elements, the gated value has shape {_sizes(gate.product)}")
+        change = "a norm over the features of a token, or over groups of them"
+        raise Misfit(
+            f"the norm runs over {gate.norm.run} elements, the gated value has shape {_sizes(gate.product)}", change
+        )
     natural = [width for width in fitting if width in (_inner(gate.u, 1), _inner(gate.u, 2))]
     return max(natural, default=fitting[0])
 
@@ -303,20 +306,25 @@ def _check_region(gate: Gate) -> None:
     for node in {*gate.norm.interior, *gate.between} - {*gate.chain}:
         for user in real_users(node):
             if user not in inside:
-                raise Misfit(f"the normalised value has a second use: {user.target} at {source_line(user)}")
+                change = "use it once; compute what is logged or returned in a call of its own"
+                raise Misfit(f"the normalised value has a second use: {spoken(user)} at {source_line(user)}", change)
     operands = {value(gate.x).dtype, value(gate.u).dtype}
     if torch.float64 not in operands and any(value(n).dtype == torch.float64 for n in inside if is_tensor(n)):
-        raise Misfit("computed in float64 from operands that are not")
+        raise Misfit("computed in float64 from operands that are not", "leave out the cast to float64")
     nodes = list(gate.product.graph.nodes)
     last = nodes.index(gate.end)
     if any(n.target is torch._C._set_grad_enabled for n in nodes[min(map(nodes.index, inside)) : last]):
-        raise Misfit("grad mode changes inside the region")
+        raise Misfit("grad mode changes inside the region", "no_grad around all of it, or none")
     for operand in (gate.x, gate.u, gate.norm.weight, gate.norm.bias):
         if operand is None:
             continue
         for node in nodes[nodes.index(operand) + 1 : last]:  # the op reads its operands where the region ends
             if writes_to(node, operand):
-                raise Misfit(f"an operand is written in place by {node.target} at {source_line(node)}")
+                change = "write into a copy, or after the gate"
+                raise Misfit(
+                    f"an operand or its base is written in place by {spoken(node)} at {source_line(node)}",
+                    change,
+                )
 
 
 def _in_words(gate: Gate) -> str:

@@ -24,15 +24,11 @@ from hstu_compile.passes.graph import (
     value,
     writes_to,
 )
-from hstu_compile.passes.report import source_line
+from hstu_compile.passes.report import Misfit, source_line, spoken
 from hstu_compile.passes.uvqk import LAYER, ROLE
 
 GATE = torch.ops.hstu_compile.norm_gate_dropout.default
 A, U, WEIGHT, BIAS, SEED, OTHERS = range(6)  # places among its arguments
-
-
-class Misfit(Exception):
-    """The first thing that did not fit, in words."""
 
 
 @dataclass
@@ -50,7 +46,7 @@ def find(attention: fx.Node, silu: fx.Node, u: fx.Node) -> Gate | None:
         return None
     named = dict(zip(PARAMETERS, gate.args[OTHERS:], strict=True))
     if named["activation"] != "none":
-        raise Misfit(f"the gate applies {named['activation']} to silu(u)")
+        raise Misfit(f"the gate applies {named['activation']} to silu(u)", "u as it is, without a second activation")
     if named["concat_u"]:
         raise Misfit("silu(u) is part of the gate's result")
     row, width = value(attention).shape[-2:].numel(), value(gate.args[A]).shape[1:].numel()
@@ -86,7 +82,9 @@ def refuse_writes(silu: fx.Node, last: fx.Node) -> None:
     (x,) = silu.all_input_nodes
     for i, node in enumerate(nodes[first:], first):
         if writes_to(node, silu) or (i < end and writes_to(node, x)):
-            raise Misfit(f"written in place by {node.target} at {source_line(node)}")
+            raise Misfit(
+                f"written in place by {spoken(node)} at {source_line(node)}", "write into a copy, or after the gate"
+            )
         if i < end and node.target is torch._C._set_grad_enabled:
             raise Misfit("grad mode changes between the silu and the attention")
 

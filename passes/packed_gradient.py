@@ -23,6 +23,7 @@ from hstu_compile.passes.graph import (
     insert_call,
     is_call,
     is_tensor,
+    may_require_grad,
     reads_only_metadata,
     real_users,
     same,
@@ -31,8 +32,8 @@ from hstu_compile.passes.graph import (
     share_storage,
     value,
 )
-from hstu_compile.passes.packed_gate import Misfit, refuse_writes
-from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.packed_gate import refuse_writes
+from hstu_compile.passes.report import Misfit, Region, Report, source_line, spoken
 from hstu_compile.passes.uvqk import MOVES, SLICES, SPLITS
 
 NAME = "packed_gradient"
@@ -55,20 +56,24 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every attention whose gradients can be packed; returns how many."""
     fused = 0
     for attention in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-        silu, *others = {_source(operand) for operand in attention.args[:3]}
-        if others or not is_call(silu, aten.silu.default):
+        sources = [_source(operand) for operand in attention.args[:3]]
+        silu = next((node for node in sources if is_call(node, aten.silu.default)), None)
+        if silu is None:
+            continue
+        if changed := [(role, node) for role, node in zip("qkv", sources, strict=True) if node is not silu]:
+            _report_changed(report, silu, *changed[0])
             continue
         where = source_line(silu)
         try:
             packed = _find(attention, silu)
         except Misfit as misfit:
-            report.add(Region(NAME, WHAT.format("into slices"), where, reason=str(misfit)))
+            report.add(Region(NAME, WHAT.format("into slices"), where, misfit.reason, change=misfit.change))
             continue
         what = WHAT.format(", ".join(sorted(packed.columns, key=packed.columns.__getitem__)))
         try:
             gate = packed_gate.find(attention, silu, packed.u)
         except Misfit as misfit:
-            report.add(Region(NAME, f"{what} -> gate", where, reason=str(misfit)))
+            report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
             gate = None
         if gate is None:
             _rewrite(packed)
@@ -78,6 +83,19 @@ def run(gm: fx.GraphModule, report: Report) -> int:
         report.add(Region(NAME, what, where, kernel="the attention's own"))
         fused += 1
     return fused
+
+
+def _report_changed(report: Report, silu: fx.Node, role: str, made: fx.Node) -> None:
+    """Where q, k or v is a slice of the same silu, changed on its way to the attention."""
+    if may_require_grad(silu) and any(_source(node) is silu for node in made.all_input_nodes):
+        reason = f"{role} is changed between the silu and the attention: {spoken(made)} at {source_line(made)}"
+        change = f"{role} as the split gives it"
+        if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in made.all_input_nodes):
+            reason = (
+                f"{role} is multiplied by a mask before the attention: padded keys are dead there, padded queries not"
+            )
+            change = "mask padded queries as well as padded keys"
+        report.add(Region(NAME, WHAT.format("into slices"), source_line(silu), reason, change=change))
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -116,7 +134,7 @@ def _find(attention: fx.Node, silu: fx.Node) -> Packed:
     columns["u"] = ranges[-1][0]
     begins, ends = zip(*sorted(ranges), strict=True)
     if not same_shape((*begins, shape(silu)[-1]), (0, *ends)):
-        raise Misfit("u, q, k and v are not all columns of the silu, each once")
+        raise Misfit("u, q, k and v are not all columns of the silu, each once", "split all of it into these four")
     late = _late(u, attention)
     refuse_writes(silu, attention)
     return Packed(attention, silu, u, late, columns)
@@ -129,7 +147,9 @@ def _pieces(silu: fx.Node) -> list[fx.Node]:
         node = todo.pop()
         for user in real_users(node):
             if not _is_view(user) or user.args[0] is not node:
-                raise Misfit(f"the whole silu has another use: {user.target} at {source_line(user)}")
+                raise Misfit(
+                    f"the whole silu has another use: {spoken(user)} at {source_line(user)}", "read its slices only"
+                )
             if not is_tensor(user) or same(value(user).numel(), value(silu).numel()):
                 todo.append(user)
             elif real_users(user):
@@ -150,7 +170,9 @@ def _columns(node: fx.Node, silu: fx.Node, own: int) -> tuple[int, int]:
         and same(value(silu).stride(-1), 1)
     )
     if not fits:
-        raise Misfit(f"{node.name} {[str(n) for n in shape(node)]} does not have its columns of the silu in one piece")
+        sizes = ", ".join(map(str, shape(node)))
+        change = "split silu(x) along its last dimension into u, v, q, k, each with all of its heads"
+        raise Misfit(f"{spoken(node)} of shape [{sizes}] does not have its columns of the silu in one piece", change)
     return at, at + math.prod(last)
 
 
@@ -160,7 +182,10 @@ def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.N
     while True:
         for user in real_users(node):
             if user is not reader:
-                raise Misfit(f"{role} has a second use: {user.target} at {source_line(user)}")
+                raise Misfit(
+                    f"{role} has a second use: {spoken(user)} at {source_line(user)}",
+                    f"leave {role} to the attention alone",
+                )
         if node in pieces:
             return node
         if not _is_view(node):
@@ -177,7 +202,10 @@ def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
         inputs = set(node.all_input_nodes)
         if inputs & set(late) or (u in inputs and not reads_only_metadata(node)):
             if not _is_view(node):
-                raise Misfit(f"u is used before the attention: {node.target} at {source_line(node)}")
+                raise Misfit(
+                    f"u is used before the attention: {spoken(node)} at {source_line(node)}",
+                    "use it after the attention",
+                )
             late.append(node)
     raise AssertionError("the attention is not in its own graph")
 

@@ -1,8 +1,29 @@
 """What the passes decided, region by region, in words a user can act on."""
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import fx
+
+# What is lost where a pass did not fire; the most costly first, in which order misses are reported.
+COSTS = {
+    "capture": "all of this graph runs as Inductor alone makes it",
+    "attention": "the scores, [B, H, N, N], are written and read in memory, forward and backward",
+    "table_lookup": "the table's gradient is scattered with atomics",
+    "output": "norm, gate and dropout are left to Inductor",
+    "packed_gradient": "the backward joins the gradients of u, v, q, k in a pass of its own",
+    "uvqk": "the recompute options leave this layer as it is",
+}
+
+
+class Misfit(Exception):
+    """The first thing that did not fit, in words, and what would."""
+
+    def __init__(self, reason: str, change: str | None = None):
+        super().__init__(reason)
+        self.reason, self.change = reason, change
 
 
 @dataclass(frozen=True)
@@ -18,6 +39,8 @@ class Region:
     reason: str | None = None
     kernel: str | None = None  # which kernel runs, and why not a faster one
     rewritten: bool = True  # False where recognising is all: the graph stays, and Inductor compiles it
+    slower: str | None = None  # of a fused region: what keeps it from being as fast as others
+    change: str | None = None  # what to write, so that it fits or is faster
 
     @property
     def verdict(self) -> str:
@@ -25,11 +48,23 @@ class Region:
             return "not fused"
         return "fused" if self.rewritten else "recognised"
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Misses come first, then what could be faster, then what is as it should be."""
+        kind = 0 if self.reason else 1 if self.slower else 2
+        names = list(COSTS)
+        return kind, names.index(self.pass_name) if kind == 0 and self.pass_name in names else 0
+
     def __str__(self) -> str:
+        told = {
+            "because": self.reason,
+            "slower because": self.slower,
+            "change:": self.change,
+            "cost:": COSTS.get(self.pass_name) if self.reason else None,
+            "kernel:": self.kernel,
+        }
         lines = [f"{self.verdict}  {self.pass_name}: {self.what}", f"    at {self.source}"]
-        lines += [f"    because {self.reason}"] if self.reason else []
-        lines += [f"    kernel: {self.kernel}"] if self.kernel else []
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"    {label} {text}" for label, text in told.items() if text)])
 
 
 @dataclass(frozen=True)
@@ -71,14 +106,24 @@ class Report:
         return [r for r in self.regions if r.verdict == verdict and pass_name in (None, r.pass_name)]
 
     def __str__(self) -> str:
+        regions = sorted(self.regions, key=lambda region: region.rank)
         return (
-            "\n".join(map(str, [*self.regions, *self.recomputed]))
+            "\n".join([*once_each(map(str, regions)), *map(str, self.recomputed)])
             or "nothing in this graph looked like a part of an HSTU layer"
         )
 
 
+def once_each(texts: Iterable[str]) -> list[str]:
+    """Every text once, in order, its first line saying how often it came: layers are alike."""
+    counts = Counter(texts)
+    return [text if n == 1 else re.sub("(?m)$", f"  ({n} times)", text, count=1) for text, n in counts.items()]
+
+
 def source_line(node: fx.Node) -> str:
-    """The user's own line behind a node: the innermost frame of its stack trace outside torch."""
+    """The user's own line behind a node: the innermost frame of its stack trace outside torch; of an input, of the
+    first call that reads it."""
+    if node.op == "placeholder":
+        node = next((user for user in node.users if user.op.startswith("call")), node)
     trace = node.meta.get("stack_trace") or ""
     lines = trace.strip().splitlines()
     for i in range(len(lines) - 1, -1, -1):
@@ -89,3 +134,12 @@ def source_line(node: fx.Node) -> str:
                 code = lines[i + 1].strip() if i + 1 < len(lines) else ""
                 return f"{path}:{number}: {code}"
     return "unknown source"
+
+
+def spoken(node: fx.Node) -> str:
+    """A value as the user would call it: an argument or attribute by its name, a computed one by the call."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None:
+        path = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", re.sub(r"^L\['(\w+)'\]", r"\1", source.name))
+        return re.sub(r"\['(\w+)'\]", r".\1", path)
+    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.name))

@@ -7,10 +7,11 @@ get `meta["hstu_compile_role"]` and the number of their layer, by which `passes/
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from hstu_compile.passes.activation import as_activation
-from hstu_compile.passes.axes import PERMUTES, RESHAPES
+from hstu_compile.passes.axes import EXPANDS, PERMUTES, RESHAPES
 from hstu_compile.passes.graph import (
     COPIES,
     SIZE_OF,
@@ -19,24 +20,33 @@ from hstu_compile.passes.graph import (
     is_cast,
     is_parameter,
     is_tensor,
+    reads_only_metadata,
     same,
     same_shape,
     shape,
     value,
 )
 from hstu_compile.passes.norm import Norm, as_norm
-from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.report import Region, Report, source_line, spoken
 
 NAME = "uvqk"
 ROLE = "hstu_compile_role"
 LAYER = "hstu_compile_layer"  # a number
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 
 # A projection and where its input stands among its arguments.
 PROJECTIONS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
 PRODUCTS = {aten.einsum.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default}
 SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, aten.chunk.default, aten.unbind.int}
 SLICES = {aten.slice.Tensor, aten.narrow.default, aten.select.int}
-MOVES = {*PERMUTES, *RESHAPES, *COPIES, aten.index.Tensor, aten.index_select.default}  # the same numbers elsewhere
+MOVES = {
+    *PERMUTES,
+    *RESHAPES,
+    *EXPANDS,
+    *COPIES,
+    aten.index.Tensor,
+    aten.index_select.default,
+}  # the same numbers elsewhere
 FILLS = {aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self}  # zeros in padded rows
 
 
@@ -46,6 +56,7 @@ class Flow:
 
     roles: dict[str, fx.Node] = field(default_factory=dict)  # role -> the slice
     silu: dict[fx.Node, set[str]] = field(default_factory=dict)  # silu -> the roles behind it
+    ends: list[fx.Node] = field(default_factory=list)  # calls at which a slice was lost sight of
 
 
 def run(gm: fx.GraphModule, report: Report) -> int:
@@ -64,13 +75,21 @@ def run(gm: fx.GraphModule, report: Report) -> int:
         norm = as_norm(source)
         words, where = _in_words(norm, flows, order), source_line(next(iter(flows)))
         if not roles >= {"q", "k", "v"}:
-            missing = ", ".join(sorted({"q", "k", "v"} - roles))
-            report.add(Region(NAME, words, where, reason=f"found no use as {missing} of an HSTU attention"))
+            report.add(Region(NAME, words, where, reason=_lost(flows, {"q", "k", "v"} - roles)))
             continue
         _tag(norm, flows, layer=found)
         report.add(Region(NAME, words, where, kernel="cuBLAS and Inductor", rewritten=False))
         found += 1
     return found
+
+
+def _lost(flows: dict[fx.Node, Flow], roles: set[str]) -> str:
+    """Why the slices for these roles were not found."""
+    reason = f"found no use as {', '.join(sorted(roles))} of an HSTU attention"
+    if not next(iter(flows)).graph.find_nodes(op="call_function", target=ATTENTION):
+        return f"{reason}: none is fused in this graph"
+    ends = [end for flow in flows.values() for end in flow.ends]
+    return f"{reason}, beyond {spoken(ends[0])} at {source_line(ends[0])}" if ends else reason
 
 
 def _input(projection: fx.Node) -> fx.Node:
@@ -110,6 +129,8 @@ def _follow(projection: fx.Node) -> Flow:
                 todo.append((user, user, silus))
             elif _moves(user, node):
                 todo.append((user, piece, silus))
+            elif is_tensor(user) and not reads_only_metadata(user):
+                flow.ends.append(user)
     return flow
 
 

@@ -194,7 +194,7 @@ def summary(outcomes: list[Outcome]) -> str:
         )
         reasons: collections.Counter[str] = collections.Counter()
         for o in misses:
-            texts = o.reasons(part) if part in NAMES else re.findall(r"mask tensor \((.*?)\);", str(o.report))
+            texts = o.reasons(part) if part in NAMES else [r.slower or "" for r in o.report.fused("attention")]
             reasons.update({re.sub(r"\d+|\[.*?\]|<spelling.*", "#", text)[:110] for text in texts})
         lines += [f"{count:5}  because {reason}" for reason, count in reasons.most_common(12)]
         lines += by_choice(among, missed) if misses else []

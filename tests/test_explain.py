@@ -59,7 +59,9 @@ def test_a_graph_break_comes_with_what_to_do_about_it() -> None:
         return F.silu(x[x > 0]) * 2
 
     explanation = explain(model, torch.randn(3))
-    assert "Hint: " in explanation.graph_breaks[0] and "capture_dynamic_output_shape_ops" in explanation.graph_breaks[0]
+    assert (
+        "change: " in explanation.graph_breaks[0] and "capture_dynamic_output_shape_ops" in explanation.graph_breaks[0]
+    )
 
 
 def test_what_did_not_fit_and_the_kernel() -> None:

@@ -296,7 +296,7 @@ NEAR_MISSES = {
     "not attention": (lambda a, u: F.layer_norm(torch.tanh(a), (W,)) * u, "not by attention"),
     "operand written in between": (
         lambda a, u: ((n := F.layer_norm(a, (W,))), (g := F.silu(u)), u.zero_(), g * n)[-1],
-        "written in place by aten.zero_",
+        "written in place by zero_",
     ),
     "wider precision": (lambda a, u: (F.layer_norm(a.double(), (W,)) * u).float(), "float64"),
 }

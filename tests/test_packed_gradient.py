@@ -205,7 +205,7 @@ def grad_mode(z: Tensor) -> Tensor:
 EXPLAINED = {
     second_use_of_k: "k has a second use",
     second_use_of_a_view_of_v: "v has a second use",
-    second_use_of_the_silu: "the whole silu has another use: aten.sum",
+    second_use_of_the_silu: "the whole silu has another use: sum",
     no_u: "does not have its columns|has another role|0 used slices",
     unused_u: "0 used slices besides q, k and v",
     two_us: "2 used slices besides q, k and v",
@@ -214,9 +214,9 @@ EXPLAINED = {
     the_same_slice_twice: "second use|another role",
     bias: "the attention has a bias",
     interleaved: "does not have its columns of the silu in one piece",
-    u_before_attention: "u is used before the attention: aten.sin",
-    x_is_written: "written in place by aten.mul_",
-    u_is_written: "written in place by aten.mul_",
+    u_before_attention: "u is used before the attention: sin",
+    x_is_written: "written in place by mul_",
+    u_is_written: "written in place by mul_",
     grad_mode: "grad mode changes",
 }
 
@@ -237,7 +237,7 @@ def test_the_size_of_a_view_of_u_is_wanted_before_the_attention() -> None:
     with gm.graph.inserting_before(attention):
         gm.graph.call_function(aten.sym_size.int, (view, 0))
     assert packed_gradient.run(gm, report) == 0
-    assert "u is used before the attention: aten.sym_size" in report.missed()[0].reason
+    assert "u is used before the attention: sym_size" in report.missed()[0].reason
 
 
 def silu_on_u_only(z: Tensor) -> Tensor:

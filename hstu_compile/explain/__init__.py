@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from hstu_compile.compiler import hand_over, rewrite
+from hstu_compile.explain.graph_breaks import describe
 from hstu_compile.options import split
-from hstu_compile.passes.report import Report
+from hstu_compile.passes.report import Report, once_each
 
 
 @dataclass
@@ -26,10 +27,13 @@ class Explanation:
         missed = sum(len(report.missed()) for report in self.reports)
         graphs, breaks = len(self.reports), len(self.graph_breaks)
         counts = f"{fused} regions fused, {recognised} recognised, {missed} not"
-        lines = [f"{counts}; {graphs} graphs, {breaks} graph breaks"]
+        lines = [f"{counts}; {graphs} graphs, {breaks} graph breaks", *once_each(self.graph_breaks)]
+        alike: dict[str, list[int]] = {}
         for i, report in enumerate(self.reports):
-            lines += [f"graph {i}:", *("  " + line for line in str(report).splitlines())]
-        lines += [f"graph break: {text}" for text in self.graph_breaks]
+            alike.setdefault(str(report), []).append(i)
+        for text, numbers in alike.items():
+            name = "graph" if len(numbers) == 1 else "graphs"
+            lines += [f"{name} {', '.join(map(str, numbers))}:", *("  " + line for line in text.splitlines())]
         return "\n".join(lines)
 
 
@@ -40,9 +44,10 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
     are the options that `torch.compile` would get.
 
     Returns:
-        An Explanation; its text names, per region, what was fused, what was recognised and left to Inductor, or the
-        first thing that did not fit, the model's own line, the kernel that will run and why not a faster one, and what
-        the backward computes again.
+        An Explanation. Its text begins with what breaks the graph. Then it names, per graph, what was not fused (the
+        most costly first): the first thing that did not fit, at which of the model's lines, and what to write instead;
+        what was fused and could be faster; what was fused or recognised and left to Inductor, with the kernel that will
+        run and why not a faster one; and what the backward computes again.
     """
     options, inductor = split(None, kwargs.pop("hstu_compile_options", {}))
     explanation = Explanation()
@@ -52,7 +57,7 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
         explanation.reports.append(report)
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
-            explanation.graph_breaks.append(_describe(reason))
+            explanation.graph_breaks.append(describe(reason))
         if captured is None or options.recompute_budget is None:
             return gm.forward
         eager = fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -69,15 +74,6 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
 def _not_compiled(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable:
     return gm.forward
-
-
-def _describe(reason: Any) -> str:
-    """The reason and Dynamo's first hint what to do about it, and the user's line."""
-    first, *more = (line.strip() for line in reason.reason.strip().splitlines())
-    hints = [line for line in more if line.startswith("Hint: ")]
-    text = ". ".join([first, *hints[:1]])
-    frames = [frame for frame in reason.user_stack or [] if "/torch/" not in frame.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line} ({text})" if frames else text
 
 
 def _cuda_devices() -> list[int]:

@@ -44,9 +44,9 @@ def unsupported(
         return f"built for sm_90, this is sm_{capability[0]}{capability[1]}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype}, where the tensor cores want bfloat16 or float16"
-    for name, dim in (("attn_dim", attn_dim), ("hidden_dim", hidden_dim)):
+    for name, whose, dim in (("attn_dim", "q and k", attn_dim), ("hidden_dim", "v", hidden_dim)):
         if dim % 8 or not 0 < dim <= MAX_DIM:
-            return f"{name} {dim} is not a multiple of 8 up to {MAX_DIM}"
+            return f"{name} {dim} (of a head of {whose}) is not a multiple of 8 up to {MAX_DIM}"
     from hstu_compile.ops.kernels import gluon_compat
 
     return gluon_compat.PROBLEM

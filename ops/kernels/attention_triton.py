@@ -42,9 +42,9 @@ def unsupported(
         return f"needs an NVIDIA GPU of compute capability 8.0 or later, this one has {capability[0]}.{capability[1]}"
     if dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got {dtype}"
-    for name, dim in (("attn_dim", attn_dim), ("hidden_dim", hidden_dim)):
+    for name, whose, dim in (("attn_dim", "q and k", attn_dim), ("hidden_dim", "v", hidden_dim)):
         if not 1 <= dim <= MAX_HEAD_DIM:
-            return f"needs {name} from 1 to {MAX_HEAD_DIM}, got {dim}"
+            return f"needs {name} (of a head of {whose}) from 1 to {MAX_HEAD_DIM}, got {dim}"
     return None
 
 

@@ -1,0 +1,131 @@
+"""What explain says to the author of a layer that is not fused, or not as fast as it could be."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import hstu_compile
+from hstu_compile.explain import Explanation
+from hstu_compile.ops import kernel_table
+from hstu_compile.passes.attention_drawbacks import drawback
+from hstu_compile.passes.report import COSTS
+from tests.models import hard_to_fuse as models
+
+LENGTHS = torch.tensor([12, 7, 9])
+
+
+def explain(layer: nn.Module, lengths: torch.Tensor = LENGTHS) -> Explanation:
+    tokens = (28,) if isinstance(layer, models.PaddedByIndex) else (3, 12)
+    return hstu_compile.explain(layer, torch.randn(*tokens, 16), lengths)
+
+
+# The layer; which pass missed; words of what was seen, of what to write, and of the line that is in the way.
+MISSED = {
+    models.Softmax: ("attention", "softmax, not silu", "F.silu(scores)", "return torch.softmax("),
+    models.MinusInfinity: ("attention", "which gives NaN", "F.silu(scores) * mask", 'float("-inf")'),
+    models.AttentionDropout: (
+        "attention",
+        "dropout on the attention weights",
+        "behind norm and gate",
+        "F.dropout(F.silu(",
+    ),
+    models.DivisorOfPairs: ("attention", "divisor over rows and columns", "one factor a row", "(1 + (place[:, None]"),
+    models.WeightsReturned: ("attention", "are returned", "a second time", "F.silu(scores) / self.longest * mask"),
+    models.WrittenInPlace: ("output", "written in place by mul_", "into a copy", "self.out_norm(a) * u"),
+    models.NormOverTokens: ("output", "stands layer_norm", "features of a token", "F.dropout(a * u"),
+    models.NoNorm: ("output", "stands nothing", "features of a token", "F.dropout(a * u"),
+    models.PaddedKeysAlone: ("packed_gradient", "padded queries not", "mask padded queries", "F.silu(self.uvqk("),
+}
+
+
+@pytest.mark.parametrize("kind", MISSED, ids=lambda kind: kind.__name__)
+def test_a_miss(kind: type[nn.Module]) -> None:
+    pass_name, seen, change, line = MISSED[kind]
+    explanation = explain(kind())
+    (report,) = explanation.reports
+    (miss,) = report.missed(pass_name)
+    assert seen in (miss.reason or "") and change in (miss.change or "")
+    assert "hard_to_fuse.py:" in miss.source and line in miss.source
+    text = str(explanation)
+    assert text.index(f"not fused  {pass_name}") < text.index("  fused  "), "what is missed comes first"
+    assert f"cost: {COSTS[pass_name]}" in text
+
+
+def test_nothing_is_missed_in_the_layer_itself() -> None:
+    explanation = explain(models.Layer())
+    (report,) = explanation.reports
+    assert not report.missed() and not any(region.change for region in report.regions)
+    assert "padding by lengths: lengths;" in str(explanation), "the argument's own name"
+
+
+BREAKS = {
+    models.NumberRead: ("a number is read from a tensor", "keep it a tensor", "mask.sum(-1).max().item()"),
+    models.Branch: ("a Python branch on the value of a tensor", "torch.where", "if scores.isnan().any():"),
+}
+
+
+@pytest.mark.parametrize("kind", BREAKS, ids=lambda kind: kind.__name__)
+def test_a_graph_break(kind: type[nn.Module]) -> None:
+    explanation = explain(kind())
+    text = explanation.graph_breaks[0]
+    assert all(words in text for words in (*BREAKS[kind], "hard_to_fuse.py:", "cost: "))
+    assert str(explanation).splitlines()[1].startswith(text.splitlines()[0])
+    assert str(explanation).count(text.splitlines()[1]) == 1, "a place is named once"
+
+
+MASK = torch.ones(12, 12, dtype=torch.bool).tril().expand(3, 1, 12, 12)
+SLOWER = {
+    models.HoleFromData: (LENGTHS, "it reads x, which", "positions (arange, tril)", "(x.abs().amax(-1) > 0.1)"),
+    models.HoleFromPlaces: (LENGTHS, "it has no closed form", "padding, a window", "row 1, column 0"),
+    models.MaskGiven: (MASK, "ready-made, as lengths", "in the graph of the attention", ""),
+    models.PaddedByIndex: (LENGTHS, "padded by index_put", "fbgemm.jagged_to_padded_dense", ""),
+}
+
+
+@pytest.mark.parametrize("kind", SLOWER, ids=lambda kind: kind.__name__)
+def test_fused_and_slower_than_others(kind: type[nn.Module]) -> None:
+    lengths, seen, change, where = SLOWER[kind]
+    explanation = explain(kind(), lengths)
+    (report,) = explanation.reports
+    (region,) = report.fused("attention")
+    assert seen in (region.slower or "") and where in (region.slower or "") and change in (region.change or "")
+    assert f"slower because {region.slower}" in str(explanation)
+
+
+def test_layers_that_are_alike_are_told_once() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(models.Softmax() for _ in range(3))
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, lengths)
+            return x
+
+    explanation = explain(Stack())
+    assert "0 recognised, 6 not" in str(explanation) and str(explanation).count("softmax, not silu") == 1
+    assert "attention: silu(q @ k.T) @ v  (3 times)" in str(explanation)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernel_table.choose_attention.cache_clear()
+    yield
+    kernel_table.choose_attention.cache_clear()
+
+
+@pytest.mark.parametrize(("dim", "slower"), [(20, None), (512, "no kernel takes this call")])
+def test_head_dimensions_that_no_kernel_of_the_gpu_takes(hopper: None, dim: int, slower: str | None) -> None:
+    cuda = torch.device("cuda")
+    kernel = kernel_table.describe(cuda, torch.bfloat16, dim, dim, has_mask=False, has_bias=False)
+    assert f"attn_dim {dim} (of a head of q and k) is not a multiple of 8 up to 256" in kernel
+    result = torch.fx.Graph().placeholder("out")
+    result.meta["val"] = SimpleNamespace(device=cuda)
+    layout = SimpleNamespace(region=SimpleNamespace(before=result), seq_offsets=result)
+    assert drawback(layout, SimpleNamespace(meaning=None), kernel)[0] == slower  # type: ignore[arg-type]
+    assert slower is None or "from 1 to 256, got 512" in kernel
