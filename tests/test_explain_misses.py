@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import hstu_compile
 from hstu_compile.explain import Explanation
@@ -52,6 +53,31 @@ def test_a_miss(kind: type[nn.Module]) -> None:
     text = str(explanation)
     assert text.index(f"not fused  {pass_name}") < text.index("  fused  "), "what is missed comes first"
     assert f"cost: {COSTS[pass_name]}" in text
+
+
+def test_what_is_changed_between_silu_and_attention() -> None:
+    (report,) = explain(models.WrittenInPlace()).reports
+    (miss,) = report.missed("packed_gradient")
+    assert "q is changed between the silu and the attention: mul_" in (miss.reason or "")
+    assert "q.mul_(0.5)" in (miss.reason or "") and miss.change == "q as the split gives it"
+    (miss,) = report.missed("uvqk")
+    assert "found no use as q" in (miss.reason or "") and "q.mul_(0.5)" in (miss.reason or "")
+
+
+def test_the_name_of_an_argument_inside_a_checkpointed_region() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = models.Layer()
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.layer, x, lengths, use_reentrant=False, context_fn=all_recomputed)
+
+    assert "padding by lengths: lengths;" in str(explain(Checkpointed()))
+
+
+def all_recomputed() -> tuple:
+    return create_selective_checkpoint_contexts([])
 
 
 def test_nothing_is_missed_in_the_layer_itself() -> None:

@@ -76,6 +76,12 @@ def no_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gated(u, attend(q, k, v))
 
 
+def one_key_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    u, v, q, k = F.silu(x @ weight).chunk(4, dim=1)
+    k = k[:, None, :D].expand(-1, H, D).reshape(-1, W)
+    return gated(u, attend(q, k, v))
+
+
 # name -> (model, what the report says, how many norm, projection and silu nodes are tagged)
 FOUND = {
     "Meta": (meta, "layer_norm -> addmm 16x32 with bias -> silu on u -> split u, v, q, k", (1, 1, 1)),
@@ -83,6 +89,7 @@ FOUND = {
     "NVIDIA": (nvidia, "rms_norm -> linear 16x32 with bias -> silu -> split u, v, q, k", (1, 1, 1)),
     "sliced": (sliced, "rms_norm (written out) -> matmul 16x32 -> split k, q, v, u", (5, 1, 0)),
     "four linears": (four_linears, "layer_norm -> 4 times linear 16x8 -> silu -> split u, v, q, k", (1, 4, 4)),
+    "one key head": (one_key_head, "matmul 16x32 -> silu -> split u, v, q, k", (0, 1, 1)),
     "no norm": (no_norm, "matmul 16x32 -> silu -> split u, v, q, k", (0, 1, 1)),
 }
 
