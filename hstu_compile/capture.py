@@ -60,6 +60,9 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         raise NotCaptured(
             "the graph owns parameters or buffers (torch._dynamo.config.inline_inbuilt_nn_modules is off)"
         )
+    if any(getattr(n.target, "__name__", "").endswith("_increment_nesting") for n in gm.graph.nodes):
+        # The tensors between are of the transform's own kind, without the dimension that it adds, and without memory.
+        raise NotCaptured("a transform of torch.func in the graph, such as vmap: write its dimension out")
     captured = _trace(gm, inputs)
     for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
         new._rename(old.name)

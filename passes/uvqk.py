@@ -87,9 +87,9 @@ def _lost(flows: dict[fx.Node, Flow], roles: set[str]) -> str:
     """Why the slices for these roles were not found."""
     reason = f"found no use as {', '.join(sorted(roles))} of an HSTU attention"
     if not next(iter(flows)).graph.find_nodes(op="call_function", target=ATTENTION):
-        return f"{reason}: none is fused in this graph"
+        reason += ": none is fused in this graph"
     ends = [end for flow in flows.values() for end in flow.ends]
-    return f"{reason}, beyond {spoken(ends[0])} at {source_line(ends[0])}" if ends else reason
+    return f"{reason}; followed up to {spoken(ends[0])} at {source_line(ends[0])}" if ends else reason
 
 
 def _input(projection: fx.Node) -> fx.Node:

@@ -239,6 +239,12 @@ def test_constants_and_unbacked_sizes() -> None:
         assert_same_as_eager(f, x, torch.tensor([2, 3]), inputs=[x])
 
 
+def test_transforms_of_torch_func() -> None:
+    """Their tensors have no memory to compare: nothing that looks for aliases may meet them."""
+    for f in (torch.vmap(lambda row: F.silu(row) * 2), torch.func.grad(lambda x: F.silu(x).sum())):
+        assert "torch.func" in reason_not_captured(f, torch.randn(3, 4))
+
+
 def test_graph_without_tensors() -> None:
     assert reason_not_captured(lambda n: torch.ones(n) + 1, 5) == "the graph has no tensor input"
 

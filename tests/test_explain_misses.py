@@ -102,6 +102,16 @@ def test_a_graph_break(kind: type[nn.Module]) -> None:
     assert str(explanation).count(text.splitlines()[1]) == 1, "a place is named once"
 
 
+def test_what_is_not_compiled_though_no_graph_ends_there() -> None:
+    class Disabled(models.Layer):
+        @torch.compiler.disable
+        def attend(self, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return super().attend(*args)
+
+    (text,) = explain(Disabled()).graph_breaks
+    assert "torch.compiler.disable" in text and "Disabled.attend>" in text and "change: " in text
+
+
 MASK = torch.ones(12, 12, dtype=torch.bool).tril().expand(3, 1, 12, 12)
 SLOWER = {
     models.HoleFromData: (LENGTHS, "it reads x, which", "positions (arange, tril)", "(x.abs().amax(-1) > 0.1)"),

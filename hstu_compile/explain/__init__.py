@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from hstu_compile.compiler import hand_over, rewrite
-from hstu_compile.explain.graph_breaks import describe
+from hstu_compile.explain import graph_breaks
 from hstu_compile.options import split
 from hstu_compile.passes.report import Report, once_each
 
@@ -51,13 +51,14 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """
     options, inductor = split(None, kwargs.pop("hstu_compile_options", {}))
     explanation = Explanation()
+    reasons: list[Any] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
         captured, _, _, report = rewrite(gm, example_inputs, options)
         explanation.reports.append(report)
         reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
         if reason is not None and reason.graph_break:
-            explanation.graph_breaks.append(describe(reason))
+            reasons.append(reason)
         if captured is None or options.recompute_budget is None:
             return gm.forward
         eager = fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -66,9 +67,12 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
         return eager.forward
 
     function = getattr(model, "_orig_mod", model)  # of a model that is compiled already
+    before = graph_breaks.count()
     limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
     with torch._dynamo.config.patch(limits), torch.random.fork_rng(_cuda_devices()):
         torch.compile(function, backend=record)(*args, **kwargs)
+    explanation.graph_breaks += map(graph_breaks.describe, reasons)
+    explanation.graph_breaks += graph_breaks.describe_unseen(graph_breaks.count() - before, reasons)
     return explanation
 
 

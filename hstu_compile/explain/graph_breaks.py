@@ -1,7 +1,14 @@
 """Where Dynamo had to break the graph, in words of the model's author."""
 
+import re
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
+CONTEXT = "Developer debug context: "
 COST = "what it cuts in two, an attention or a layer, is not fused as one"
 
 BRANCH = (
@@ -18,17 +25,38 @@ KNOWN = {
     ),
     "Data dependent operator": (
         "a call whose result depends on the values of a tensor",
-        "keep numbers tensors (no .tolist()), or hand them to the model as Python numbers",
+        "keep numbers tensors (no .tolist()); a jagged batch padded, or by torch.ops.fbgemm, instead of a loop",
+    ),
+    "Dynamic shape operator": (
+        "a call whose result has a size that depends on the values of a tensor",
+        "set torch._dynamo.config.capture_dynamic_output_shape_ops, or gather by indices of a known number",
     ),
 }
 
 
+def count() -> Counter[str]:
+    """How often Dynamo broke a graph so far, by its reason."""
+    return Counter(torch._dynamo.utils.counters["graph_break"])
+
+
+def describe_unseen(reasons: Counter[str], seen: Iterable[Any]) -> list[str]:
+    """Those of these reasons at which no graph ended, because nothing stood before: what they name is not compiled."""
+    known = {reason.reason.strip().splitlines()[0] for reason in seen}
+    return [_describe(text, []) for text in reasons if text.strip().splitlines()[0] not in known]
+
+
 def describe(reason: Any) -> str:
     """What breaks the graph, at which of the user's lines, and what to do about it; Dynamo's own words if not KNOWN."""
-    first, *more = (line.strip() for line in reason.reason.strip().splitlines())
+    return _describe(reason.reason, reason.user_stack or [])
+
+
+def _describe(text: str, stack: Sequence[traceback.FrameSummary]) -> str:
+    first, *more = (line.strip() for line in text.strip().splitlines())
     meant, *changes = next((words for start, words in KNOWN.items() if first.startswith(start)), (first,))
     changes += [line.removeprefix("Hint: ") for line in more if line.startswith("Hint: ")][: not changes]
-    frames = [frame for frame in reason.user_stack or [] if "/torch/" not in frame.filename]
+    frames = [frame for frame in stack if "/torch/" not in frame.filename]
     at = [f"at {frame.filename}:{frame.lineno}: {frame.line}" for frame in frames[-1:]]
+    contexts = [line.removeprefix(CONTEXT) for line in more if line.startswith(CONTEXT)]
+    at = at or [f"at {re.sub(' at 0x[0-9a-f]+', '', context)}" for context in contexts]
     change = [f"change: {text}" for text in changes]
     return "\n    ".join([f"graph break  {meant}", *at, *change, f"cost: {COST}"])
