@@ -41,8 +41,8 @@ def count() -> Counter[str]:
 
 def describe_unseen(reasons: Counter[str], seen: Iterable[Any]) -> list[str]:
     """Those of these reasons at which no graph ended, because nothing stood before: what they name is not compiled."""
-    known = {reason.reason.strip().splitlines()[0] for reason in seen}
-    return [_describe(text, []) for text in reasons if text.strip().splitlines()[0] not in known]
+    known = {_meaning(reason.reason)[0] for reason in seen}
+    return [_describe(text, []) for text in reasons if _meaning(text)[0] not in known]
 
 
 def describe(reason: Any) -> str:
@@ -51,8 +51,8 @@ def describe(reason: Any) -> str:
 
 
 def _describe(text: str, stack: Sequence[traceback.FrameSummary]) -> str:
-    first, *more = (line.strip() for line in text.strip().splitlines())
-    meant, *changes = next((words for start, words in KNOWN.items() if first.startswith(start)), (first,))
+    more = [line.strip() for line in text.splitlines()]
+    meant, *changes = _meaning(text)
     changes += [line.removeprefix("Hint: ") for line in more if line.startswith("Hint: ")][: not changes]
     frames = [frame for frame in stack if "/torch/" not in frame.filename]
     at = [f"at {frame.filename}:{frame.lineno}: {frame.line}" for frame in frames[-1:]]
@@ -60,3 +60,9 @@ def _describe(text: str, stack: Sequence[traceback.FrameSummary]) -> str:
     at = at or [f"at {re.sub(' at 0x[0-9a-f]+', '', context)}" for context in contexts]
     change = [f"change: {text}" for text in changes]
     return "\n    ".join([f"graph break  {meant}", *at, *change, f"cost: {COST}"])
+
+
+def _meaning(text: str) -> tuple[str, ...]:
+    """What breaks the graph, and what to write where that is known."""
+    first = text.strip().splitlines()[0].strip()
+    return next((words for start, words in KNOWN.items() if first.startswith(start)), (first,))
