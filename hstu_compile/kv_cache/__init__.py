@@ -34,20 +34,24 @@ full copied to the host once the step's work is done. `abort` leaves every user 
 from hstu_compile.kv_cache.batch import Batch, LoadFailed
 from hstu_compile.kv_cache.cache import KVCache
 from hstu_compile.kv_cache.counters import TierCounters
+from hstu_compile.kv_cache.disk import DiskStorage
 from hstu_compile.kv_cache.gpu import CapacityError, GpuKVCacheManager
 from hstu_compile.kv_cache.host import HostKVStorageManager
 from hstu_compile.kv_cache.layout import Key, PageLayout
-from hstu_compile.kv_cache.storage import KVStorage
+from hstu_compile.kv_cache.storage import KVStorage, MemoryStorage, StorageError
 
 __all__ = [
     "Batch",
     "CapacityError",
+    "DiskStorage",
     "GpuKVCacheManager",
     "HostKVStorageManager",
     "KVCache",
     "KVStorage",
     "Key",
     "LoadFailed",
+    "MemoryStorage",
     "PageLayout",
+    "StorageError",
     "TierCounters",
 ]

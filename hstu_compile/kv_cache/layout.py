@@ -43,9 +43,14 @@ class PageLayout:
         return (2, self.page_size, self.num_heads, self.head_dim)
 
     @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values in all layers."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
     def layer_bytes(self) -> int:
         """Of a page in one layer."""
-        return 2 * self.page_size * self.num_heads * self.head_dim * self.dtype.itemsize
+        return self.page_size * self.token_bytes // self.num_layers
 
     def pages(self, tokens: int) -> int:
         """How many pages hold so many tokens."""

@@ -1,7 +1,132 @@
 """Where pages are kept outside of the GPU: an interface that a database can implement, and memory as the default."""
 
-from abc import ABC
+import math
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hstu_compile.kv_cache.layout import Key, PageLayout
+
+
+class StorageError(RuntimeError):
+    """Pages could not be read; the first `valid_pages` of those asked for are right."""
+
+    def __init__(self, message: str, valid_pages: int = 0) -> None:
+        super().__init__(message)
+        self.valid_pages = valid_pages
 
 
 class KVStorage(ABC):
-    """Whole pages of users, each in every layer; they are appended and never change."""
+    """Whole pages of users, each in every layer; they are appended and never change.
+
+    `HostKVStorageManager` decides who is kept. It calls `scan`, `reserve` and `truncate` from one thread, `append`
+    from a second and `read` from others, but never `truncate` while a user's pages are appended or read, and never
+    two `append` of one user at once.
+    """
+
+    def __init__(self, layout: PageLayout) -> None:
+        self.layout = layout
+
+    @abstractmethod
+    def scan(self) -> Iterable[tuple[Key, int]]:
+        """The users that are there at the start, and how many pages each has."""
+
+    def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
+        """Host memory for the next pages of a user: [num_layers, n, *layout.shape] each, num_pages together.
+
+        They go to `append`; `truncate` takes them back.
+        """
+        layout = self.layout
+        shape = (layout.num_layers, num_pages, *layout.shape)
+        return [torch.empty(shape, dtype=layout.dtype, pin_memory=torch.cuda.is_available())]
+
+    @abstractmethod
+    def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
+        """Keep pages, those of `reserve`, behind the first_page pages that the user has."""
+
+    @abstractmethod
+    def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
+        """The first num_pages pages of a user in one layer: [n, *layout.shape] each, in their order.
+
+        Raises:
+            StorageError: they are not what was appended.
+        """
+
+    @abstractmethod
+    def truncate(self, key: Key, num_pages: int) -> None:
+        """Drop a user's pages, if there are any, but the first num_pages, and what was reserved; 0: the user."""
+
+    def close(self) -> None:  # noqa: B027  most have nothing to do
+        """Give back what is held outside of Python."""
+
+
+class MemoryStorage(KVStorage):
+    """Pages in one block of host memory a layer, pinned where there is CUDA: read from there without a copy.
+
+    Args:
+        layout: the shape of a page.
+        num_pages: how many fit.
+
+    Raises:
+        ValueError: num_pages is not positive.
+    """
+
+    def __init__(self, layout: PageLayout, num_pages: int) -> None:
+        super().__init__(layout)
+        if num_pages < 1:
+            raise ValueError(f"MemoryStorage: num_pages is {num_pages}, expected a positive number")
+        self.num_pages = num_pages
+        self._memory = torch.empty(layout.num_layers, num_pages, *layout.shape, dtype=layout.dtype)
+        self._is_pinned = torch.cuda.is_available()
+        if self._is_pinned:  # not pin_memory=True, which takes the next power of two
+            nbytes = math.prod(self._memory.shape) * layout.dtype.itemsize
+            status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
+            torch.cuda.check_error(int(status))
+        self._free = array("q", range(num_pages - 1, -1, -1))
+        self._reserved: dict[Key, array] = {}
+        self._pages: dict[Key, array] = {}
+
+    def scan(self) -> Iterable[tuple[Key, int]]:
+        return ()
+
+    def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
+        if num_pages > len(self._free):
+            raise StorageError(f"MemoryStorage: {num_pages} pages are asked for, expected at most {len(self._free)}")
+        pages = self._free[-num_pages:]
+        del self._free[-num_pages:]
+        pages.reverse()
+        self._reserved[key] = pages
+        return [self._memory[:, first:last] for first, last in _runs(pages)]
+
+    def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
+        self._pages[key] = self._pages.get(key, array("q")) + self._reserved.pop(key)
+
+    def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
+        return [self._memory[layer, first:last] for first, last in _runs(self._pages[key][:num_pages])]
+
+    def truncate(self, key: Key, num_pages: int) -> None:
+        pages = self._pages.pop(key, array("q"))
+        dropped = pages[num_pages:] + self._reserved.pop(key, array("q"))
+        if num_pages:
+            self._pages[key] = pages[:num_pages]
+        dropped.reverse()  # so that they are taken again as the run that they are
+        self._free.extend(dropped)
+
+    def close(self) -> None:
+        if self._is_pinned:
+            self._is_pinned = False
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Pages one behind the other in memory, as [first, last)."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return runs

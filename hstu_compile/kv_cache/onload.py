@@ -1,0 +1,156 @@
+"""Pages of a batch from the host to the GPU, layer by layer, so that compute waits for one layer at a time."""
+
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Event as Flag
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from hstu_compile.kv_cache.layout import Key
+from hstu_compile.kv_cache.storage import KVStorage, StorageError
+from hstu_compile.kv_cache.streams import Event, Stream
+
+log = logging.getLogger("hstu_compile")
+
+
+@dataclass
+class Loaded:
+    """What is loaded of one user."""
+
+    key: Key
+    valid: int  # pages, the first ones: all, until some cannot be read
+    pages: array  # on the GPU
+    reason: str = ""  # why some are not valid
+    is_wrong: bool = False  # what is stored, not only this load of it
+    known: int = field(init=False)  # the `valid` that the batch computes with
+
+    def __post_init__(self) -> None:
+        self.known = self.valid
+
+
+class LayerwiseLoad:
+    """Reads each layer of all users in a thread, and then has it copied on a stream.
+
+    As an event: no copy is under way, and none will be.
+    """
+
+    def __init__(self, storage: KVStorage, users: list[Loaded], pools: Sequence[Tensor], stream: Stream) -> None:
+        self.users = users
+        self.bytes = 0
+        self._storage = storage
+        self._pools = pools
+        self._stream = stream
+        self._lock = Lock()  # once cancelled, nothing is given to the stream and `users` does not change
+        self._cancelled = False
+        self._events: list[Event] = []
+        self._given = [Flag() for _ in pools]  # to the stream, by layer
+        self._ended = Flag()  # by itself, or cancelled
+
+    def run(self) -> None:
+        """The thread's part."""
+        try:
+            for layer in range(len(self._pools)):
+                if self._cancelled:
+                    break
+                self._load(layer)
+        except Exception as error:
+            log.warning("hstu_compile: a load into the KV cache failed", exc_info=True)
+            self._fail_all(f"{type(error).__name__}: {error}")
+        finally:
+            for flag in self._given:
+                flag.set()
+            self._ended.set()
+
+    def wait(self, layer: int, seconds: float) -> Event | None:
+        """The event of a layer's copies, once the storage has read it; None: it has not, see `failed`."""
+        if not self._given[layer].wait(max(0.0, seconds)):
+            self._fail_all("it was not read in time")
+        with self._lock:
+            return self._events[layer] if layer < len(self._events) else None
+
+    def is_given(self, layer: int) -> bool:
+        return self._given[layer].is_set()
+
+    def failed(self) -> list[Loaded]:
+        """The users of whom less is valid than the batch computes with."""
+        return [user for user in self.users if user.valid < user.known]
+
+    def cancel(self) -> None:
+        """Give no copy to the stream any more. A read of the storage that hangs holds nothing up then."""
+        with self._lock:
+            self._cancelled = True
+            self._ended.set()
+
+    def query(self) -> bool:
+        return self._ended.is_set() and all(event.query() for event in self._events[-1:])
+
+    def synchronize(self) -> None:
+        self._ended.wait()
+        for event in self._events[-1:]:
+            event.synchronize()
+
+    def _fail_all(self, reason: str) -> None:
+        self.cancel()
+        for user in self.users:
+            user.valid, user.reason = 0, reason
+
+    def _fail(self, user: Loaded, valid: int, reason: str) -> None:
+        with self._lock:
+            if not self._cancelled:
+                user.valid, user.reason, user.is_wrong = valid, reason, True
+
+    def _load(self, layer: int) -> None:
+        pool = self._pools[layer]
+        parts: list[Tensor] = []
+        pages = array("i")
+        for user in self.users:
+            parts += self._read(user, layer)
+            pages.extend(user.pages[: user.valid])
+        if pool.is_cuda:
+            parts = [part if part.is_pinned() else part.pin_memory() for part in parts]
+        with self._lock:
+            if self._cancelled:
+                return
+            self._stream.run(lambda: copy_in(pool, pages, parts))
+            self._events.append(self._stream.record())
+            self.bytes += sum(part.numel() * part.element_size() for part in parts)
+        self._given[layer].set()
+
+    def _read(self, user: Loaded, layer: int) -> Sequence[Tensor]:
+        """The valid pages, after finding out which are."""
+        while user.valid and not self._cancelled:
+            try:
+                parts = self._storage.read(user.key, layer, user.valid)
+                layout = self._storage.layout
+                if any(part.shape[1:] != layout.shape or part.dtype != layout.dtype for part in parts):
+                    raise StorageError("pages of another layout were read")
+                if (count := sum(part.shape[0] for part in parts)) != user.valid:
+                    raise StorageError(f"{count} pages were read, expected {user.valid}")
+                return parts
+            except Exception as error:
+                log.warning("hstu_compile: user %r could not be loaded: %s", user.key.user, error)
+                valid = error.valid_pages if isinstance(error, StorageError) else 0
+                self._fail(user, max(0, min(valid, user.valid - 1)), f"{type(error).__name__}: {error}")
+        return ()
+
+
+def copy_in(pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
+    """Pages of host memory to these pages of the pool: one copy a part, and one kernel that spreads them."""
+    if not pages:
+        return
+    staging = pool.new_empty(len(pages), *pool.shape[1:])
+    first = 0
+    for part in parts:
+        staging[first : first + part.shape[0]].copy_(part, non_blocking=True)
+        first += part.shape[0]
+    pool.index_copy_(0, indices(pages, pool.device), staging)
+
+
+def indices(pages: array, device: torch.device) -> Tensor:
+    """Page numbers on the device; the host does not wait for it."""
+    found = torch.frombuffer(pages, dtype=torch.int32).long()
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
