@@ -7,7 +7,17 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from hstu_compile.kv_cache import Batch, GpuKVCacheManager, Key, KVCache, LoadFailed, MemoryStorage, PageLayout
+from hstu_compile.kv_cache import (
+    Batch,
+    GpuKVCacheManager,
+    HostKVStorageManager,
+    Key,
+    KVCache,
+    KVStorage,
+    LoadFailed,
+    MemoryStorage,
+    PageLayout,
+)
 from hstu_compile.kv_cache.streams import Event, Streams
 
 LAYOUT = PageLayout(num_layers=3, num_heads=1, head_dim=2, page_size=16, dtype=torch.float32)
@@ -99,11 +109,11 @@ class PoisonedMemory(MemoryStorage):
 
 def tokens(key: Key, layer: int, first: int, last: int, layout: PageLayout = LAYOUT) -> Tensor:
     """Keys and values, [2, last - first, H, D], of these tokens: no others have the same."""
-    seed = crc32(repr((key, layer)).encode()) % 2**20
-    position = torch.arange(first, last, dtype=torch.float64)
+    seed = crc32(repr((key, layer)).encode())
     shape = (2, last - first, layout.num_heads, layout.head_dim)
     inner = torch.arange(2 * layout.num_heads * layout.head_dim).view(2, 1, *shape[2:])
-    return (seed / 64 + position.view(1, -1, 1, 1) / 512 + inner * 4096).to(layout.dtype).expand(shape)
+    position = torch.arange(first, last).view(1, -1, 1, 1)
+    return ((seed + 7919 * position + 104729 * inner) % 2**23).to(layout.dtype)
 
 
 def rows(pool: Tensor, page_table: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +126,9 @@ def rows(pool: Tensor, page_table: Tensor, first: int, last: int) -> tuple[Tenso
 class Server:
     """Computes steps: checks every token that it finds cached, writes the new ones."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, writer: Later | None = None) -> None:
         self.cache = cache
+        self.writer = writer or Later()
         self.wrong: list[str] = []
 
     def step(self, users: Sequence[int | str], lengths: Sequence[int], version=0, epochs=None, commit=True) -> Batch:  # type: ignore[no-untyped-def]
@@ -158,3 +169,22 @@ class Server:
                 pool[page, :, row] = new.transpose(0, 1)
 
         self.cache.streams.compute.run(kernels)
+
+    def time_passes(self) -> None:
+        """All work is done, in whatever order it asks for."""
+        streams = self.cache.streams
+        for stream in (streams.offload, streams.onload, streams.compute):
+            stream.advance(len(stream.work))
+        self.writer.run_all()
+
+
+def late_server(
+    num_pages: int, storage: KVStorage | None = None, layout: PageLayout = LAYOUT, reader: Executor | None = None
+) -> Server:
+    """A server on late streams, which evicts into a storage that is written when time passes."""
+    writer = Later()
+    host = HostKVStorageManager(storage, 1000, reader=reader or Now(), writer=writer) if storage is not None else None
+    gpu = PoisonedGpu(layout, num_pages, "cpu")
+    longest = max(600, num_pages * layout.page_size)
+    cache = KVCache(gpu, host, max_batch_size=4, max_seq_len=longest, load_timeout=0, streams=late_streams())
+    return Server(cache, writer)
