@@ -107,12 +107,12 @@ class PoisonedMemory(MemoryStorage):
         self._memory[:, list(self._free)] = torch.nan
 
 
-def tokens(key: Key, layer: int, first: int, last: int, layout: PageLayout = LAYOUT) -> Tensor:
+def tokens(key: Key, layer: int, first: int, last: int, layout: PageLayout = LAYOUT, device: str = "cpu") -> Tensor:
     """Keys and values, [2, last - first, H, D], of these tokens: no others have the same."""
     seed = crc32(repr((key, layer)).encode())
     shape = (2, last - first, layout.num_heads, layout.head_dim)
-    inner = torch.arange(2 * layout.num_heads * layout.head_dim).view(2, 1, *shape[2:])
-    position = torch.arange(first, last).view(1, -1, 1, 1)
+    inner = torch.arange(2 * layout.num_heads * layout.head_dim, device=device).view(2, 1, *shape[2:])
+    position = torch.arange(first, last, device=device).view(1, -1, 1, 1)
     return ((seed + 7919 * position + 104729 * inner) % 2**23).to(layout.dtype)
 
 
@@ -162,10 +162,10 @@ class Server:
                     self.wrong.append(f"{key}: cached_lengths is {cached}, expected {planned[b]}")
                 page, row = rows(pool, batch.page_table[b], 0, cached)
                 found = pool[page, :, row].transpose(0, 1)
-                if not torch.equal(found, tokens(key, layer, 0, cached, layout).to(pool.device)):
+                if not torch.equal(found, tokens(key, layer, 0, cached, layout)):
                     self.wrong.append(f"{key}, layer {layer}: {cached} cached tokens are not what was computed")
                 page, row = rows(pool, batch.page_table[b], cached, lengths[b])
-                new = tokens(key, layer, cached, lengths[b], layout).to(pool.device)
+                new = tokens(key, layer, cached, lengths[b], layout)
                 pool[page, :, row] = new.transpose(0, 1)
 
         self.cache.streams.compute.run(kernels)

@@ -1,24 +1,38 @@
 """Random traffic over a KV cache: evictions, delays, failures, changed histories, each checked against a dict."""
 
 import copy
+from collections.abc import Sequence
 from random import Random
 
 import pytest
+from torch import Tensor
 
-from hstu_compile.kv_cache import CapacityError, HostKVStorageManager, Key, KVCache, StorageError
+from hstu_compile.kv_cache import CapacityError, HostKVStorageManager, Key, KVCache, PageLayout, StorageError
 from tests.kv_cache_steps import LAYOUT, Later, Now, PoisonedGpu, PoisonedMemory, Server, late_streams
 
 USERS, NUM_PAGES, MAX_BATCH, MAX_LEN = 4, 10, 2, 70
 
 
 class Unreliable(PoisonedMemory):
-    """Fails when the test says so, at a page of its choice."""
+    """Fails when the test says so, and finds damage where the test says there is some."""
 
-    fails_at: int | None = None
+    is_broken = False
 
-    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
-        if self.fails_at is not None and layer and num_pages > self.fails_at:
-            raise StorageError("this read fails", valid_pages=self.fails_at)
+    def __init__(self, layout: PageLayout, num_pages: int) -> None:
+        super().__init__(layout, num_pages)
+        self.damaged: set[int] = set()
+
+    def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
+        memory = super().reserve(key, num_pages)
+        self.damaged -= set(self._reserved[key])
+        return memory
+
+    def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
+        if self.is_broken and layer:
+            raise ConnectionError("lost")
+        for valid, page in enumerate(self._pages[key][:num_pages] if layer else ()):
+            if page in self.damaged:
+                raise StorageError("not what was written", valid_pages=valid)
         return super().read(key, layer, num_pages)
 
 
@@ -96,10 +110,12 @@ class Traffic:
             self.writer.run_all()
 
     def storage_changes(self, rng: Random) -> None:
-        """It works, or fails at some page, or hangs."""
+        """A page is damaged; from here on it answers, or fails, or hangs."""
         self.reader.hangs = rng.random() < 0.15
         if self.host is not None:
-            self.storage.fails_at = rng.choice([None, None, None, 0, 1, 2])
+            self.storage.is_broken = rng.random() < 0.2
+            if stored := [page for pages in self.storage._pages.values() for page in pages]:
+                self.storage.damaged.add(rng.choice(stored))
         if rng.random() < 0.5:
             self.reader.later.run_all()
 

@@ -307,6 +307,48 @@ def test_promise_5_copies_under_way_land_before_the_recomputed_tokens() -> None:
     assert not server.wrong
 
 
+def test_promise_5_nothing_is_copied_once_a_load_is_cancelled() -> None:
+    """The step is aborted while the storage reads."""
+
+    class Slow(PoisonedMemory):
+        def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
+            batch.abort()
+            return super().read(key, layer, num_pages)
+
+    reader = Later()
+    server = late_server(2, Slow(LAYOUT, 10), reader=reader)
+    server.step([1], [2 * PAGE])
+    evict(server)
+    batch = server.cache.begin([1], [2 * PAGE], version=0)
+    given = len(server.cache.streams.onload.work)  # type: ignore[attr-defined]
+    reader.run_all()
+    assert not batch.is_open and len(server.cache.streams.onload.work) == given  # type: ignore[attr-defined]
+    server.step([2], [2 * PAGE])  # in the same pages
+    server.time_passes()
+    assert not server.wrong
+
+
+def test_promise_5_pages_behind_those_that_were_dropped_are_dropped() -> None:
+    """Pages 2 and 3 are being written when page 0 turns out to be damaged."""
+    storage = Failing(LAYOUT, 40)
+    server = late_server(4, storage)
+    server.step([1], [2 * PAGE])
+    evict(server)
+    server.step([1], [4 * PAGE])
+    for stream in (server.cache.streams.compute, server.cache.streams.offload):
+        stream.advance(10**9)  # type: ignore[attr-defined]
+    server.step(["another"], [4 * PAGE], version="other")
+    storage.error, storage.valid = StorageError("damaged"), 0
+    assert server.step([1], [4 * PAGE]).cached == [0]
+    storage.error = None
+    server.time_passes()
+    assert server.cache.host is not None and server.cache.host.lookup(Key(1, 0, 0)) == 0
+    assert server.step([1], [4 * PAGE]).tiers == ["gpu"]
+    server.time_passes()
+    assert server.cache.host.lookup(Key(1, 0, 0)) == 4  # it is stored again
+    assert not server.wrong
+
+
 def test_promise_5_corrupt_files_are_computed_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
     server = late_server(5, DiskStorage(LAYOUT, tmp_path))
     server.step([1], [5 * PAGE])

@@ -83,8 +83,7 @@ class MemoryStorage(KVStorage):
         self._is_pinned = torch.cuda.is_available()
         if self._is_pinned:  # not pin_memory=True, which takes the next power of two
             nbytes = math.prod(self._memory.shape) * layout.dtype.itemsize
-            status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
-            torch.cuda.check_error(int(status))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0))
         self._free = array("q", range(num_pages - 1, -1, -1))
         self._reserved: dict[Key, array] = {}
         self._pages: dict[Key, array] = {}
@@ -118,7 +117,7 @@ class MemoryStorage(KVStorage):
     def close(self) -> None:
         if self._is_pinned:
             self._is_pinned = False
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
 
 
 def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
