@@ -183,7 +183,11 @@ def late_server(
 ) -> Server:
     """A server on late streams, which evicts into a storage that is written when time passes."""
     writer = Later()
-    host = HostKVStorageManager(storage, 1000, reader=reader or Now(), writer=writer) if storage is not None else None
+    host = (
+        HostKVStorageManager(storage, 1000, reader=reader or Now(), copier=Now(), writer=writer)
+        if storage is not None
+        else None
+    )
     gpu = PoisonedGpu(layout, num_pages, "cpu")
     longest = max(600, num_pages * layout.page_size)
     cache = KVCache(gpu, host, max_batch_size=4, max_seq_len=longest, load_timeout=0, streams=late_streams())

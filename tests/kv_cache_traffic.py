@@ -56,7 +56,9 @@ class Traffic:
         self.host = None
         if host_pages:
             self.storage = Unreliable(LAYOUT, host_pages)
-            self.host = HostKVStorageManager(self.storage, host_pages, reader=self.reader, writer=self.writer)
+            self.host = HostKVStorageManager(
+                self.storage, host_pages, reader=self.reader, copier=Now(), writer=self.writer
+            )
         self.streams = late_streams()
         self.cache = KVCache(
             self.gpu, self.host, max_batch_size=MAX_BATCH, max_seq_len=MAX_LEN, load_timeout=0, streams=self.streams

@@ -20,7 +20,7 @@ from hstu_compile.kv_cache import (
 )
 from hstu_compile.kv_cache.layout import PAGE_SIZES
 from hstu_compile.kv_cache.streams import Done
-from tests.kv_cache_steps import LAYOUT, Later, PoisonedMemory, Server, late_server, tokens
+from tests.kv_cache_steps import LAYOUT, Later, Now, PoisonedMemory, Server, late_server, tokens
 
 PAGE = LAYOUT.page_size
 
@@ -172,6 +172,17 @@ def test_offload_is_ordered_after_compute() -> None:
     assert batch.cached == [2 * PAGE] and not server.wrong
 
 
+def test_pages_are_written_after_they_were_copied(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The thread that writes comes before any stream has done anything."""
+    server = late_server(2, DiskStorage(LAYOUT, tmp_path))
+    server.step([1], [2 * PAGE])
+    server.writer.run_all()
+    evict(server)
+    assert server.step([1], [2 * PAGE]).tiers == ["host"]
+    server.time_passes()
+    assert not server.wrong
+
+
 def test_eviction_waits_for_an_offload_in_flight() -> None:
     server = late_server(2, PoisonedMemory(LAYOUT, 10))
     server.step([1], [2 * PAGE])
@@ -197,7 +208,7 @@ def test_eviction_prefers_users_without_an_offload_in_flight() -> None:
 
 def test_host_memory_is_not_overwritten_before_it_is_loaded() -> None:
     """A user is on their way to the GPU while others fill the host."""
-    host = HostKVStorageManager(PoisonedMemory(LAYOUT, 4), 4, writer=Later())
+    host = HostKVStorageManager(PoisonedMemory(LAYOUT, 4), 4, copier=Now(), writer=Later())
     late = late_server(2)
     server = Server(KVCache(late.cache.gpu, host, max_batch_size=4, max_seq_len=64, streams=late.cache.streams))
     server.writer = host._writer  # type: ignore[assignment]
@@ -362,6 +373,22 @@ def test_promise_5_corrupt_files_are_computed_again(tmp_path) -> None:  # type: 
     batch = server.step([1], [5 * PAGE])
     server.time_passes()
     assert batch.cached == [3 * PAGE] and not server.wrong
+
+
+def test_a_copy_to_the_host_that_fails_costs_nothing_but_the_pages_there() -> None:
+    class NoRoom(PoisonedMemory):
+        def reserve(self, key, num_pages):  # type: ignore[no-untyped-def]
+            return [part[:, :, :, :, :, :1] for part in super().reserve(key, num_pages)]  # of a wrong shape
+
+    server = late_server(2, NoRoom(LAYOUT, 10))
+    server.cache = KVCache(server.cache.gpu, server.cache.host, max_batch_size=4, max_seq_len=600)  # plain streams
+    server.step([1], [2 * PAGE])
+    server.writer.run_all()
+    host = server.cache.host
+    assert host is not None and host.lookup(Key(1, 0, 0)) == 0
+    assert (host.num_pages, host.counters.failures) == (0, 1)
+    assert server.step([2], [2 * PAGE]).tiers == ["miss"] and server.step([1], [2 * PAGE]).tiers == ["miss"]
+    assert not server.wrong
 
 
 def test_commit_without_having_waited_is_refused() -> None:

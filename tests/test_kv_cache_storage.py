@@ -110,7 +110,7 @@ def test_a_restart_evicts_what_exceeds_the_capacity(tmp_path: Path) -> None:
     storage = DiskStorage(LAYOUT, tmp_path)
     append(storage, A, 0, 3)
     append(storage, B, 0, 3)
-    host = HostKVStorageManager(DiskStorage(LAYOUT, tmp_path), 4, reader=Now(), writer=Now())
+    host = HostKVStorageManager(DiskStorage(LAYOUT, tmp_path), 4, reader=Now(), copier=Now(), writer=Now())
     assert sorted([host.lookup(A), host.lookup(B)]) == [0, 3] and host.counters.evictions == 1
     assert len(list(tmp_path.rglob("*.kv"))) == 1
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hstu_compile.kv_cache.counters import TierCounters
 from hstu_compile.kv_cache.layout import Key
-from hstu_compile.kv_cache.offload import Stored, copy_out, write
+from hstu_compile.kv_cache.offload import Offload, Stored
 from hstu_compile.kv_cache.onload import LayerwiseLoad, Loaded
 from hstu_compile.kv_cache.recency import Recency
 from hstu_compile.kv_cache.storage import KVStorage, StorageError
@@ -37,7 +37,8 @@ class HostKVStorageManager:
         storage: keeps the pages. What it has at the start is served.
         capacity_pages: how many pages it keeps.
         max_writing_pages: how many may wait to be written; what would be more is not stored, this time.
-        reader, writer: where the storage is read, and written by one thread; None: threads of its own.
+        reader, copier, writer: what reads the storage, has pages copied to host memory, and writes it, the last two
+            one after the other; None: threads of its own.
 
     Raises:
         ValueError: a number of pages that is not positive.
@@ -50,6 +51,7 @@ class HostKVStorageManager:
         *,
         max_writing_pages: int | None = None,
         reader: Executor | None = None,
+        copier: Executor | None = None,
         writer: Executor | None = None,
     ) -> None:
         self.storage = storage
@@ -65,8 +67,10 @@ class HostKVStorageManager:
         self._recency = Recency()
         self._in_flight = InFlight()
         self._writing_pages = 0
-        self._reader = reader or ThreadPoolExecutor(2, "hstu_compile-kv-read")
-        self._writer = writer or ThreadPoolExecutor(1, "hstu_compile-kv-write")
+        self._threads: list[Executor] = []
+        self._reader = reader or self._thread("read", 2)
+        self._copier = copier or self._thread("copy")
+        self._writer = writer or self._thread("write")
         for key, pages in storage.scan():
             self._users[key] = _Pages(pages, pages)
             self.num_pages += pages
@@ -116,14 +120,10 @@ class HostKVStorageManager:
         users = [user for key, pages in histories if (user := self._reserve(key, pages)) is not None]
         if not users:
             return None
-        try:
-            copied = copy_out(users, pools, stream, after)
-            written: Event = Finished(self._writer.submit(write, self.storage, users, copied))
-        except Exception as error:  # no memory on the GPU, for example
-            log.warning("hstu_compile: pages could not be copied to the host: %s", error)
-            copied = written = stream.record()
-        self._in_flight.add(written, lambda: self._end_store(users))
-        return copied
+        offload = Offload(self.storage, users, pools, stream, after)
+        self._copier.submit(offload.copy)
+        self._in_flight.add(Finished(self._writer.submit(offload.write)), lambda: self._end_store(users))
+        return offload
 
     def drain(self) -> None:
         """Wait until nothing is read or written."""
@@ -131,11 +131,15 @@ class HostKVStorageManager:
             pass
 
     def close(self) -> None:
-        """Finish what is being written, and stop the threads."""
+        """Finish what is being written, and stop the threads of its own."""
         self.drain()
-        for executor in (self._reader, self._writer):
-            executor.shutdown(wait=False)
+        for threads in self._threads:
+            threads.shutdown(wait=False)
         self.storage.close()
+
+    def _thread(self, what: str, number: int = 1) -> Executor:
+        self._threads.append(ThreadPoolExecutor(number, f"hstu_compile-kv-{what}"))
+        return self._threads[-1]
 
     def _reserve(self, key: Key, pages: array) -> Stored | None:
         have = self._users.get(key, _Pages())

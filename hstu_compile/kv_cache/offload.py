@@ -4,13 +4,14 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event as Flag
 
 from torch import Tensor
 
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.onload import indices
 from hstu_compile.kv_cache.storage import KVStorage
-from hstu_compile.kv_cache.streams import Event, Stream
+from hstu_compile.kv_cache.streams import Done, Event, Stream
 
 log = logging.getLogger("hstu_compile")
 
@@ -26,34 +27,63 @@ class Stored:
     is_stored: bool = False
 
 
-def write(storage: KVStorage, users: Sequence[Stored], copied: Event) -> None:
-    """The thread's part: wait until the copies have landed in host memory, and have the storage keep it."""
-    copied.synchronize()
-    for user in users:
+class Offload:
+    """Copies pages to host memory behind an event, in one thread, and has the storage keep it, in another.
+
+    As an event: the copies have landed, the pages may be written again.
+    """
+
+    def __init__(
+        self, storage: KVStorage, users: list[Stored], pools: Sequence[Tensor], stream: Stream, after: Event
+    ) -> None:
+        self.users = users
+        self._storage = storage
+        self._pools = pools
+        self._stream = stream
+        self._after = after
+        self._given = Flag()  # to the stream
+        self._copied: Event = Done()
+        self._is_complete = False
+
+    def copy(self) -> None:
+        """The first thread's part. Launches are not few, and the step's answer does not wait for them."""
         try:
-            storage.append(user.key, user.first, user.memory)
-            user.is_stored = True
-        except Exception as error:
-            log.warning("hstu_compile: pages of user %r could not be stored: %s", user.key.user, error)
+            self._stream.wait(self._after)
+            self._stream.run(self._copy_out)
+            self._is_complete = True
+        except Exception as error:  # no memory on the GPU, for example
+            log.warning("hstu_compile: pages could not be copied to the host: %s", error)
+        finally:
+            self._copied = self._stream.record()
+            self._given.set()
 
+    def write(self) -> None:
+        """The second thread's part: it waits for the copies, and may be slow."""
+        self.synchronize()
+        for user in self.users if self._is_complete else ():
+            try:
+                self._storage.append(user.key, user.first, user.memory)
+                user.is_stored = True
+            except Exception as error:
+                log.warning("hstu_compile: pages of user %r could not be stored: %s", user.key.user, error)
 
-def copy_out(users: Sequence[Stored], pools: Sequence[Tensor], stream: Stream, after: Event) -> Event:
-    """Have the stream copy pages to host memory after an event; returns the event of their having landed."""
-    stream.wait(after)
-    pages = array("i")
-    for user in users:
-        pages.extend(user.pages)
+    def query(self) -> bool:
+        return self._given.is_set() and self._copied.query()
 
-    def copy() -> None:
-        chosen = indices(pages, pools[0].device)
-        for layer, pool in enumerate(pools):
+    def synchronize(self) -> None:
+        self._given.wait()
+        self._copied.synchronize()
+
+    def _copy_out(self) -> None:
+        pages = array("i")
+        for user in self.users:
+            pages.extend(user.pages)
+        chosen = indices(pages, self._pools[0].device)
+        for layer, pool in enumerate(self._pools):
             gathered = pool.index_select(0, chosen)
             first = 0
-            for user in users:
+            for user in self.users:
                 for memory in user.memory:
                     count = memory.shape[1]
                     memory[layer].copy_(gathered[first : first + count], non_blocking=True)
                     first += count
-
-    stream.run(copy)
-    return stream.record()
