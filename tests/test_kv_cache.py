@@ -506,6 +506,47 @@ def test_promise_9_counters_of_each_tier() -> None:
     assert gpu.hit_rate == 0.2
 
 
+# Who stays on the host.
+
+
+def host_lookups(server: Server, *users: int) -> list[int]:
+    server.time_passes()
+    assert server.cache.host is not None
+    return [server.cache.host.lookup(Key(user, 0, 0)) for user in users]
+
+
+def test_users_in_use_on_the_gpu_stay_on_the_host() -> None:
+    server = late_server(20, PoisonedMemory(LAYOUT, 5))
+    server.cache.host.capacity_pages = 5  # type: ignore[union-attr]
+    server.step([1], [2 * PAGE])
+    server.step([2], [2 * PAGE])
+    assert host_lookups(server, 1, 2) == [2, 2]
+    server.step([1], [2 * PAGE + 1])  # nothing of it is to be stored
+    server.step([3], [2 * PAGE])
+    assert host_lookups(server, 1, 2, 3) == [2, 0, 2]
+    assert server.cache.counters["host"].evictions == 1
+
+
+def test_a_user_larger_than_the_host_evicts_nobody() -> None:
+    server = late_server(20, PoisonedMemory(LAYOUT, 5))
+    server.cache.host.capacity_pages = 5  # type: ignore[union-attr]
+    server.step([1], [2 * PAGE])
+    server.time_passes()
+    server.step([2], [6 * PAGE])
+    assert host_lookups(server, 1, 2) == [2, 0]
+    host = server.cache.counters["host"]
+    assert (host.evictions, host.failures) == (0, 1)
+
+
+def test_what_cannot_be_written_now_is_stored_the_next_time() -> None:
+    server = late_server(20, PoisonedMemory(LAYOUT, 10))
+    server.cache.host.max_writing_pages = 3  # type: ignore[union-attr]
+    server.step([1, 2], [2 * PAGE, 2 * PAGE])
+    assert host_lookups(server, 1, 2) == [2, 0]
+    server.step([1, 2], [2 * PAGE, 3 * PAGE])
+    assert host_lookups(server, 1, 2) == [2, 3]
+
+
 # The protocol.
 
 

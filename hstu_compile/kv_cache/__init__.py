@@ -19,13 +19,15 @@ on a stream of its own), and pages for all the rest, which it allocates for the 
 full copied to the host once the step's work is done. `abort` leaves every user as they were before.
 
 - Key: (user, weights version, history epoch), each an int or a string. Within one epoch a history only grows;
-  whoever changes or shortens one counts its epoch up. A shorter history under the same key is an error.
+  whoever changes or shortens one counts its epoch up. A shorter history under the same key is an error. Over a storage
+  that survives a restart, versions and epochs have to survive it too: the name of a checkpoint is a version, 0 is none.
 - Streams: `begin`, `wait_layer`, `rollback`, `commit` and `abort` are called with the stream that computes as torch's
   current one, always the same. The host waits in `begin` only where pages still in use are needed, in `wait_layer`
   only until the storage has read that layer.
 - CUDA graphs: `batch.page_table` [max_batch_size, max_pages] and `batch.cached_lengths` [max_batch_size], both int32,
   and the pools have one address for the life of the cache. Rows beyond the batch are -1 and 0. A graph over layer i is
-  replayed after `wait_layer(i)`, one over the whole model after `wait_layer` of every layer.
+  replayed after `wait_layer(i)`, one over the whole model after `wait_layer` of every layer. Record them with
+  capture_error_mode="thread_local": threads of the cache call CUDA at any time.
 - One batch is open at a time; its GPU work need not be over when the next begins.
 - History of length 0 is allowed, so are lengths equal to what is cached (only candidates are new).
 - `batch.tiers[b]`, "gpu", "host" or "miss", says where the history of user b was found.

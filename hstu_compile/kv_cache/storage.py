@@ -22,9 +22,9 @@ class StorageError(RuntimeError):
 class KVStorage(ABC):
     """Whole pages of users, each in every layer; they are appended and never change.
 
-    `HostKVStorageManager` decides who is kept. It calls `scan`, `reserve` and `truncate` from one thread, `append`
-    from a second and `read` from others, but never `truncate` while a user's pages are appended or read, and never
-    two `append` of one user at once.
+    `HostKVStorageManager` decides who is kept. It calls `scan`, `reserve` and `truncate` from the thread that serves,
+    so that they should be quick, `append` from a second and `read` from others; but never `truncate` while a user's
+    pages are appended or read, and never two `append` of one user at once.
     """
 
     def __init__(self, layout: PageLayout) -> None:
