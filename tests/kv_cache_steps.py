@@ -171,11 +171,15 @@ class Server:
         self.cache.streams.compute.run(kernels)
 
     def time_passes(self) -> None:
-        """All work is done, in whatever order it asks for."""
+        """All work is done, in whatever order it asks for, and taken notice of."""
         streams = self.cache.streams
         for stream in (streams.offload, streams.onload, streams.compute):
-            stream.advance(len(stream.work))
+            if isinstance(stream, LateStream):
+                stream.advance(len(stream.work))
         self.writer.run_all()
+        self.cache.gpu.poll()
+        if self.cache.host is not None:
+            self.cache.host.poll()
 
 
 def late_server(
@@ -192,3 +196,10 @@ def late_server(
     longest = max(600, num_pages * layout.page_size)
     cache = KVCache(gpu, host, max_batch_size=4, max_seq_len=longest, load_timeout=0, streams=late_streams())
     return Server(cache, writer)
+
+
+def evict(server: Server) -> None:
+    """Another user takes the whole GPU, and time passes."""
+    server.time_passes()
+    server.step(["another"], [server.cache.gpu.num_pages * server.cache.gpu.layout.page_size], version="other")
+    server.time_passes()

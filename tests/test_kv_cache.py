@@ -13,14 +13,12 @@ from hstu_compile.kv_cache import (
     HostKVStorageManager,
     Key,
     KVCache,
-    LoadFailed,
     MemoryStorage,
     PageLayout,
-    StorageError,
 )
 from hstu_compile.kv_cache.layout import PAGE_SIZES
 from hstu_compile.kv_cache.streams import Done
-from tests.kv_cache_steps import LAYOUT, Later, Now, PoisonedMemory, Server, late_server, tokens
+from tests.kv_cache_steps import LAYOUT, Later, Now, PoisonedMemory, Server, evict, late_server, tokens
 
 PAGE = LAYOUT.page_size
 
@@ -30,17 +28,10 @@ def state(server: Server) -> object:
     gpu, host = server.cache.gpu, server.cache.host
     gpu.poll()
     if host is not None:
-        host.lookup(Key("nobody", 0, 0))  # takes notice of what is over
+        host.poll()
     users = {key: (history.length, list(history.pages)) for key, history in gpu._histories.items()}
     stored = dict(host._users) if host is not None else {}
     return copy.deepcopy((users, sorted(gpu._free), list(gpu._recency.idle()), gpu.counters, stored))
-
-
-def evict(server: Server) -> None:
-    """Another user takes the whole GPU, and time passes."""
-    server.time_passes()
-    server.step(["another"], [server.cache.gpu.num_pages * server.cache.gpu.layout.page_size], version="other")
-    server.time_passes()
 
 
 # 1. Cached equals uncached.
@@ -238,167 +229,7 @@ def test_pages_of_an_aborted_step_are_not_reused_while_it_runs() -> None:
     assert batch.tiers == ["host"] and not server.wrong
 
 
-# 5. A failed or late load rolls back to the valid prefix and is computed again, never served.
-
-
-class Failing(PoisonedMemory):
-    """Fails for user 1 from layer 1 on, where more than `valid` pages are read."""
-
-    error: Exception | None = None
-    valid = 0
-
-    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
-        if self.error is not None and key.user == 1 and layer and num_pages > self.valid:
-            raise self.error
-        return super().read(key, layer, num_pages)
-
-
-FAILURES: dict[str, tuple[Exception, int]] = {
-    "the connection": (ConnectionError("lost"), 0),
-    "a page": (StorageError("page 2 is not what was written", valid_pages=2), 2),
-    "an error that is wrong": (StorageError("what?", valid_pages=99), 3),
-}
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_promise_5_a_failed_load_is_computed_again(name: str) -> None:
-    storage = Failing(LAYOUT, 30)
-    server = late_server(8, storage)
-    server.step([1, 2], [4 * PAGE + 3, PAGE])
-    evict(server)
-    storage.error, storage.valid = FAILURES[name]
-    batch = server.cache.begin([1, 2], [4 * PAGE + 3, PAGE + 5], version=0)
-    assert batch.cached == [4 * PAGE, PAGE]
-    with pytest.raises(LoadFailed) as failed:
-        for layer in range(LAYOUT.num_layers):
-            batch.wait_layer(layer)
-    assert list(failed.value.users) == [1]
-    batch.rollback()
-    assert batch.cached == [storage.valid * PAGE, PAGE]
-    server.compute(batch)
-    batch.commit()
-    storage.error = None
-    server.time_passes()
-    evict(server)  # what is stored is right again
-    assert server.step([1], [4 * PAGE + 3]).cached[0] >= storage.valid * PAGE
-    server.time_passes()
-    assert not server.wrong and server.cache.counters["host"].failures >= 1
-
-
-def test_promise_5_a_late_load_is_computed_again_and_its_copies_never_land() -> None:
-    reader = Later()
-    server = late_server(4, PoisonedMemory(LAYOUT, 10), reader=reader)
-    server.step([1], [2 * PAGE])
-    evict(server)
-    batch = server.cache.begin([1], [2 * PAGE], version=0)
-    assert batch.tiers == ["host"]
-    server.compute(batch)
-    assert (batch.cached, batch.tiers) == ([0], ["miss"])
-    batch.commit()
-    reader.run_all()  # now it comes
-    assert server.step([1], [2 * PAGE]).cached == [2 * PAGE]
-    server.time_passes()
-    assert not server.wrong
-    assert server.cache.host is not None and server.cache.host.lookup(Key(1, 0, 0)) == 2  # it was late, not wrong
-
-
-def test_promise_5_copies_under_way_land_before_the_recomputed_tokens() -> None:
-    storage = Failing(LAYOUT, 10)
-    server = late_server(4, storage)
-    server.step([1], [3 * PAGE])
-    evict(server)
-    storage.error = OSError("gone")  # of layer 1; layer 0 is under way
-    storage._memory[0].zero_()  # and would be seen
-    server.step([1], [3 * PAGE])
-    server.cache.streams.compute.advance(10**9)
-    server.cache.streams.onload.advance(10**9)
-    storage.error = None
-    assert server.step([1], [3 * PAGE]).tiers == ["gpu"]
-    server.time_passes()
-    assert not server.wrong
-
-
-def test_promise_5_nothing_is_copied_once_a_load_is_cancelled() -> None:
-    """The step is aborted while the storage reads."""
-
-    class Slow(PoisonedMemory):
-        def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
-            batch.abort()
-            return super().read(key, layer, num_pages)
-
-    reader = Later()
-    server = late_server(2, Slow(LAYOUT, 10), reader=reader)
-    server.step([1], [2 * PAGE])
-    evict(server)
-    batch = server.cache.begin([1], [2 * PAGE], version=0)
-    given = len(server.cache.streams.onload.work)  # type: ignore[attr-defined]
-    reader.run_all()
-    assert not batch.is_open and len(server.cache.streams.onload.work) == given  # type: ignore[attr-defined]
-    server.step([2], [2 * PAGE])  # in the same pages
-    server.time_passes()
-    assert not server.wrong
-
-
-def test_promise_5_pages_behind_those_that_were_dropped_are_dropped() -> None:
-    """Pages 2 and 3 are being written when page 0 turns out to be damaged."""
-    storage = Failing(LAYOUT, 40)
-    server = late_server(4, storage)
-    server.step([1], [2 * PAGE])
-    evict(server)
-    server.step([1], [4 * PAGE])
-    for stream in (server.cache.streams.compute, server.cache.streams.offload):
-        stream.advance(10**9)  # type: ignore[attr-defined]
-    server.step(["another"], [4 * PAGE], version="other")
-    storage.error, storage.valid = StorageError("damaged"), 0
-    assert server.step([1], [4 * PAGE]).cached == [0]
-    storage.error = None
-    server.time_passes()
-    assert server.cache.host is not None and server.cache.host.lookup(Key(1, 0, 0)) == 0
-    assert server.step([1], [4 * PAGE]).tiers == ["gpu"]
-    server.time_passes()
-    assert server.cache.host.lookup(Key(1, 0, 0)) == 4  # it is stored again
-    assert not server.wrong
-
-
-def test_promise_5_corrupt_files_are_computed_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    server = late_server(5, DiskStorage(LAYOUT, tmp_path))
-    server.step([1], [5 * PAGE])
-    evict(server)
-    (path,) = [
-        path for path in tmp_path.rglob("*.kv") if path.stem.endswith("5") and "another" not in path.read_text("latin1")
-    ]
-    content = bytearray(path.read_bytes())
-    content[-LAYOUT.layer_bytes - 1] ^= 1  # the last page but one of the last layer
-    path.write_bytes(content)
-    batch = server.step([1], [5 * PAGE])
-    server.time_passes()
-    assert batch.cached == [3 * PAGE] and not server.wrong
-
-
-def test_a_copy_to_the_host_that_fails_costs_nothing_but_the_pages_there() -> None:
-    class NoRoom(PoisonedMemory):
-        def reserve(self, key, num_pages):  # type: ignore[no-untyped-def]
-            return [part[:, :, :, :, :, :1] for part in super().reserve(key, num_pages)]  # of a wrong shape
-
-    server = late_server(2, NoRoom(LAYOUT, 10))
-    server.cache = KVCache(server.cache.gpu, server.cache.host, max_batch_size=4, max_seq_len=600)  # plain streams
-    server.step([1], [2 * PAGE])
-    server.writer.run_all()
-    host = server.cache.host
-    assert host is not None and host.lookup(Key(1, 0, 0)) == 0
-    assert (host.num_pages, host.counters.failures) == (0, 1)
-    assert server.step([2], [2 * PAGE]).tiers == ["miss"] and server.step([1], [2 * PAGE]).tiers == ["miss"]
-    assert not server.wrong
-
-
-def test_commit_without_having_waited_is_refused() -> None:
-    server = late_server(4, PoisonedMemory(LAYOUT, 10))
-    server.step([1], [2 * PAGE])
-    evict(server)
-    with server.cache.begin([1], [2 * PAGE], version=0) as batch:
-        batch.wait_layer(0)
-        with pytest.raises(RuntimeError, match=r"wait_layer\(\) of layers \[1, 2\]"):
-            batch.commit()
+# 5. tests/test_kv_cache_loads.py. 6. tests/test_kv_cache_cuda.py.
 
 
 # 7. Validated up front.
@@ -498,8 +329,6 @@ def test_promise_9_counters_of_each_tier() -> None:
     for user, tier in ((1, "miss"), (1, "gpu"), (2, "miss"), (1, "host"), (3, "miss")):
         assert server.step([user], [2 * PAGE]).tiers == [tier]
         server.time_passes()
-        if user == 3:
-            host.lookup(Key(3, 0, 0))
     gpu = server.cache.counters["gpu"]
     assert (gpu.hits, gpu.misses, gpu.evictions, gpu.waits, gpu.failures) == (1, 4, 3, 0, 0)
     assert (gpu.bytes_read, gpu.bytes_written) == (2 * page_bytes, 6 * page_bytes)

@@ -76,6 +76,8 @@ class KVCache:
         if self._batch is not None and self._batch.is_open:
             raise RuntimeError("kv_cache: begin() while a batch is open, expected commit() or abort() of it")
         keys = self._keys(users, lengths, version, [0] * len(users) if epochs is None else epochs)
+        if self.host is not None:
+            self.host.poll()
         stored = [self._stored(key, length) for key, length in zip(keys, lengths, strict=True)]
         allocation = self.gpu.allocate(keys, lengths)
         cached, tiers, load = list(allocation.cached), list[Tier](), None

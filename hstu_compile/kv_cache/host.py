@@ -79,9 +79,12 @@ class HostKVStorageManager:
 
     def lookup(self, key: Key) -> int:
         """How many pages of this history can be loaded."""
-        self._in_flight.poll()
         pages = self._users.get(key)
         return pages.readable if pages is not None else 0
+
+    def poll(self) -> None:
+        """Take notice of work that is over."""
+        self._in_flight.poll()
 
     def touch(self, key: Key) -> None:
         """This user is in use, on the GPU: not the next to be evicted."""
@@ -116,7 +119,7 @@ class HostKVStorageManager:
         Returns:
             the event of the copies having landed in host memory; None: there are none.
         """
-        self._in_flight.poll()
+        self.poll()
         users = [user for key, pages in histories if (user := self._reserve(key, pages)) is not None]
         if not users:
             return None

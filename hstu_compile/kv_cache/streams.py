@@ -85,7 +85,7 @@ class CudaStream:
             work()
 
     def record(self) -> Event:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # threads that wait for it leave the core to others
         event.record(self._now())
         return event
 
