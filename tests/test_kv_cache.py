@@ -68,6 +68,16 @@ def test_promise_2_over_capacity_raises_before_any_state_changes() -> None:
     assert server.cache.gpu.counters.evictions == 1 and not server.wrong
 
 
+def test_promise_2_what_can_never_fit_is_not_waited_for() -> None:
+    server = late_server(4)
+    server.step([1], [2 * PAGE])  # under way
+    with pytest.raises(CapacityError):
+        server.cache.begin([2], [5 * PAGE], version=0)
+    assert server.cache.gpu.counters.waits == 0 and server.cache.streams.compute.done == 0  # type: ignore[attr-defined]
+    server.step([2], [4 * PAGE])
+    assert server.cache.gpu.counters.waits == 1
+
+
 def test_promise_2_referenced_users_are_not_evicted() -> None:
     server = late_server(4)
     for user in range(4):

@@ -1,9 +1,13 @@
 """A load from the host that fails, is late or finds damage: computed again, never served. And an offload that fails."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
+import torch
 
 from hstu_compile.kv_cache import DiskStorage, Key, KVCache, LoadFailed, StorageError
-from tests.kv_cache_steps import LAYOUT, Later, PoisonedMemory, evict, late_server
+from tests.kv_cache_steps import LAYOUT, Later, LateStream, PoisonedMemory, evict, late_server
 
 PAGE = LAYOUT.page_size
 
@@ -156,6 +160,84 @@ def test_a_copy_to_the_host_that_fails_costs_nothing_but_the_pages_there() -> No
     assert (host.num_pages, host.counters.failures) == (0, 1)
     assert server.step([2], [2 * PAGE]).tiers == ["miss"] and server.step([1], [2 * PAGE]).tiers == ["miss"]
     assert not server.wrong
+
+
+class OneTooFew(PoisonedMemory):
+    """User 1 gets a page less, user 2 one more: together as many as were asked for."""
+
+    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
+        parts = list(super().read(key, layer, num_pages))
+        return [*parts[:-1], parts[-1][:-1]] if key.user == 1 else [*parts, parts[0][:1]]
+
+
+class OfAnotherType(PoisonedMemory):
+    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
+        return [part.half() for part in super().read(key, layer, num_pages)]
+
+
+class OfAnotherShape(PoisonedMemory):
+    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
+        return [part.transpose(1, 2) for part in super().read(key, layer, num_pages)]
+
+
+@pytest.mark.parametrize("storage", [OneTooFew, OfAnotherType, OfAnotherShape])
+def test_promise_5_what_was_not_asked_for_is_not_served(storage: type[PoisonedMemory]) -> None:
+    server = late_server(8, storage(LAYOUT, 40))
+    server.step([1, 2], [3 * PAGE, 3 * PAGE])
+    evict(server)
+    batch = server.cache.begin([1, 2], [3 * PAGE, 3 * PAGE], version=0)
+    with pytest.raises(LoadFailed) as failed:
+        batch.wait_layer(0)
+    assert set(failed.value.users) == {1, 2}
+    batch.abort()
+
+
+class OutOfMemory(LateStream):
+    """Fails after some of the work was given to it."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        super().run(work)
+        raise torch.OutOfMemoryError
+
+
+def test_copies_under_way_when_others_fail_keep_their_pages() -> None:
+    server = late_server(4, PoisonedMemory(LAYOUT, 20))
+    gpu = server.cache.gpu
+    server.step([1], [2 * PAGE])
+    evict(server)
+    late = server.cache.streams
+    server.cache.streams = replace(late, onload=OutOfMemory())
+    with server.cache.begin([1], [3 * PAGE], version=0) as batch, pytest.raises(LoadFailed, match="OutOfMemory"):
+        batch.wait_layer(0)
+    late.compute.advance(10**9)  # type: ignore[attr-defined]
+    gpu.poll()
+    assert gpu.num_in_flight == 3
+    server.time_passes()
+    assert gpu.num_in_flight == 0
+    server.cache.streams = late
+    assert server.step([1], [3 * PAGE]).tiers == ["host"]  # it was not the storage
+    server.time_passes()
+    assert not server.wrong
+
+
+def test_a_load_is_cancelled_where_begin_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Later()
+    server = late_server(4, PoisonedMemory(LAYOUT, 20), reader=reader)
+    server.step([1], [2 * PAGE])
+    evict(server)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(server.cache, "publish", fail)
+        server.cache.begin([1], [2 * PAGE], version=0)
+    given = len(server.cache.streams.onload.work)  # type: ignore[attr-defined]
+    reader.run_all()
+    assert len(server.cache.streams.onload.work) == given  # type: ignore[attr-defined]
+    server.step([2], [4 * PAGE])
+    server.time_passes()
+    assert not server.wrong and server.cache.gpu.num_in_flight == 0
 
 
 def test_commit_without_having_waited_is_refused() -> None:

@@ -105,9 +105,9 @@ class HostKVStorageManager:
         """A load failed: serve no page of this history but the first, valid ones; None: all are."""
         self.counters.failures += 1
         if valid is not None and (pages := self._users.get(key)) is not None:
+            self._recency.hold(key)
             pages.readable = min(pages.readable, valid)
-            if not self._recency.is_held(key):
-                self._truncate(key)
+            self._release(key)
 
     def store(
         self, histories: Iterable[tuple[Key, array]], pools: Sequence[Tensor], stream: Stream, after: Event

@@ -53,8 +53,9 @@ class Offload:
             self._is_complete = True
         except Exception as error:  # no memory on the GPU, for example
             log.warning("hstu_compile: pages could not be copied to the host: %s", error)
-        finally:
+        try:
             self._copied = self._stream.record()
+        finally:
             self._given.set()
 
     def write(self) -> None:

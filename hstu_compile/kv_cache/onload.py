@@ -115,8 +115,10 @@ class LayerwiseLoad:
         with self._lock:
             if self._cancelled:
                 return
-            self._stream.run(lambda: copy_in(pool, pages, parts))
-            self._events.append(self._stream.record())
+            try:
+                self._stream.run(lambda: copy_in(pool, pages, parts))
+            finally:  # some copies may be under way if others failed
+                self._events.append(self._stream.record())
             self.bytes += sum(part.numel() * part.element_size() for part in parts)
         self._given[layer].set()
 
