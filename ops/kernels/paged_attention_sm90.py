@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hstu_compile.ops.kernels import attention_sm90
 from hstu_compile.ops.kernels.attention_sm90 import (
+    COUNTER,
     ROWS,
     SILU_TILES,
     batch_of,
-    counters,
     describe,
     family_of,
     filled_dim,
@@ -56,7 +56,7 @@ def forward(
     sms = processors(q.device)
     launch = functools.partial(attention_launch, sms)
     operands = q, k, v, pool, page_table, cached_lengths
-    return run_in_parts(*operands, launch, parts_for(q, sms), counters(q, 1), memory, call)
+    return run_in_parts(*operands, launch, parts_for(q, sms), COUNTER, memory, call)
 
 
 def parts_for(q: Tensor, sms: int) -> Parts:

@@ -161,7 +161,7 @@ def forward(
     """
     parts = parts_for(q, processors(q.device))
     operands = q, k, v, pool, page_table, cached_lengths
-    return run_in_parts(*operands, attention_launch, parts, None, memory, call)
+    return run_in_parts(*operands, attention_launch, parts, 0, memory, call)
 
 
 def tile_for(q: Tensor) -> Any:

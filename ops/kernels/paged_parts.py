@@ -36,16 +36,16 @@ def run_in_parts(
     cached_lengths: Tensor,
     attention_launch: Callable[..., Launch],
     parts: Parts,
-    counter: Tensor | None,
+    counter_size: int,
     memory: dict[Hashable, Any] | None,
     call: dict[str, Any],
 ) -> Tensor:
     """The attention's result.
 
     attention_launch: takes the tensors, with the pool as its rows [num_pages * 2 * page_size, H, D]; for its results
-        [T, H, D] or partial sums [parts, T, H, D]; the counter, 0 by then, or None where there are parts; the page
-        size; `parts`; and the call.
-    counter: int32, for an attention that wants one.
+        [T, H, D] or partial sums [parts, T, H, D]; a counter, None where there are parts; the page size; `parts`; and
+        the call.
+    counter_size: int32 elements of the counter, 0 when the attention starts.
     memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -54,9 +54,11 @@ def run_in_parts(
     seq_offsets = call["seq_offsets"]
     extent = Extent(q.shape[0], seq_offsets.shape[0] - 1, call["max_seq_len"])
     number = parts(extent)
-    sums = None
+    sums = counter = None
     if number > 1:
-        sums, counter = torch.empty(number, *q.shape, dtype=torch.float32, device=q.device), None
+        sums = torch.empty(number, *q.shape, dtype=torch.float32, device=q.device)
+    elif counter_size:
+        counter = torch.empty(counter_size, dtype=torch.int32, device=q.device)
     rows = pool.flatten(0, 2) if pool.numel() else k  # with no page at all, nothing is read
     result = out if sums is None else sums
     operands = q, k, v, rows, page_table, cached_lengths, result, counter
