@@ -166,12 +166,15 @@ def output_tile(
 
 @gluon.jit
 def page_numbers(pool_desc, pages, sequence, cached, col0):
-    """The pages of the history from position col0 on, one for each box of `load_pages`, in the lanes of a warp."""
+    """The pages of the history from position col0 on, one for each box of `load_pages`, in the lanes of a warp.
+
+    Anything where there is none: col0 may be before the first position.
+    """
     if pages is not None:
         lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         position = col0 + lanes * pool_desc.block_type.shape[2]
         table = pages.table + sequence.z.to(gl.int64) * pages.table_stride
-        return gl.load(table + position // pages.SIZE, mask=position < cached, other=0)
+        return gl.load(table + position // pages.SIZE, mask=(position >= 0) & (position < cached), other=0)
 
 
 @gluon.jit
@@ -237,9 +240,16 @@ def producer(
             mbarrier.arrive(full, count=2 if TWO else 1, pred=not any_tiles)
         if any_tiles:
             tiles = num_tiles(spans)
+            if pages is not None:
+                col0, _ = streamed_row(0, tiles, spans, lists, cached, COLS, KEYS)
+                next_numbers = page_numbers(pool_desc, pages, sequence, cached, col0)
             for t in range(0, tiles):
                 col0, _ = streamed_row(t, tiles, spans, lists, cached, COLS, KEYS)
-                numbers = page_numbers(pool_desc, pages, sequence, cached, col0)
+                numbers = None
+                if pages is not None:  # read a tile ahead: a wait of their own would delay b
+                    numbers = next_numbers
+                    next_col0, _ = streamed_row(t + 1, tiles, spans, lists, cached, COLS, KEYS)
+                    next_numbers = page_numbers(pool_desc, pages, sequence, cached, next_col0)
                 slot = filled % B_STAGES
                 wait_empty(b, filled, B_STAGES)
                 load_streamed(b_desc, pool_desc, pages, numbers, 0, sequence, cached, col0, b, slot, COLS)
