@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from paged_cases import MASKS, NEW, H, append_case, assert_attention, make_case
 
@@ -168,6 +169,28 @@ def test_compiles_with_one_mutated_argument():
 
     assert_attention(step(case.pool), case)
     assert torch.equal(case.pool.view(torch.int16), after.view(torch.int16))
+
+
+def test_any_number_of_tokens_and_sequences_compiles_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def step(q, k, v, pool, page_table, cached_lengths, seq_offsets, num_targets, max_seq_len):
+        paging = {"page_table": page_table, "cached_lengths": cached_lengths, "seq_offsets": seq_offsets}
+        append_kv(pool, k, v, **paging, num_targets=num_targets)
+        mask = {"num_targets": num_targets, "max_seq_len": max_seq_len, "alpha": 32**-0.5, "scaling_seq_len": 40.0}
+        return paged_hstu_attention(q * 1, k, v, pool, **paging, **mask)
+
+    for new, cached in (([3, 20, 41] * 3, [16, 5, 0] * 3), ([30, 1], [17, 40]), ([2, 2, 9, 70], [1, 2, 3, 33])):
+        case = make_case(16, device=DEVICE, new=new, cached=cached)
+        case.arguments["num_targets"] = torch.tensor(new, device=DEVICE) // 2
+        arguments, after = append_case(case)
+        pool = arguments["pool"]
+        table = F.pad(arguments["page_table"], (0, 11 - arguments["page_table"].shape[1]), value=-1)
+        sizes = case.seq_offsets, case.arguments["num_targets"], case.arguments["max_seq_len"]
+        assert_attention(step(*case.new, pool, table, case.cached_lengths, *sizes), case)
+        assert torch.equal(pool.nan_to_num(7.0), after.nan_to_num(7.0))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(
