@@ -1,6 +1,8 @@
 """Where pages are kept outside of the GPU: an interface that a database can implement, and memory as the default."""
 
 import math
+import mmap
+import weakref
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
@@ -79,11 +81,14 @@ class MemoryStorage(KVStorage):
         if num_pages < 1:
             raise ValueError(f"MemoryStorage: num_pages is {num_pages}, expected a positive number")
         self.num_pages = num_pages
-        self._memory = torch.empty(layout.num_layers, num_pages, *layout.shape, dtype=layout.dtype)
-        self._is_pinned = torch.cuda.is_available()
-        if self._is_pinned:  # not pin_memory=True, which takes the next power of two
-            nbytes = math.prod(self._memory.shape) * layout.dtype.itemsize
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0))
+        shape = (layout.num_layers, num_pages, *layout.shape)
+        # Memory pages of its own: CUDA pins whole ones, each once. pin_memory=True would take the next power of two.
+        block = mmap.mmap(-1, math.prod(shape) * layout.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = torch.frombuffer(block, dtype=layout.dtype).view(shape)
+        if torch.cuda.is_available():
+            cudart, address = torch.cuda.cudart(), self._memory.data_ptr()
+            torch.cuda.check_error(cudart.cudaHostRegister(address, len(block), 0))
+            self._unpin = weakref.finalize(self, cudart.cudaHostUnregister, address)
         self._free = array("q", range(num_pages - 1, -1, -1))
         self._reserved: dict[Key, array] = {}
         self._pages: dict[Key, array] = {}
@@ -115,9 +120,8 @@ class MemoryStorage(KVStorage):
         self._free.extend(dropped)
 
     def close(self) -> None:
-        if self._is_pinned:
-            self._is_pinned = False
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+        if torch.cuda.is_available():
+            self._unpin()
 
 
 def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
