@@ -169,6 +169,21 @@ def insert_call(
     return node
 
 
+def copied_before(node: fx.Node, before: fx.Node) -> fx.Node:
+    """The node, or the same computed anew in front of `before`, where it stands behind; what it calls is pure."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copy(n: fx.Node) -> fx.Node:
+        if n in copies or order[n] < order[before]:
+            return copies.get(n, n)
+        args, kwargs = map_arg((n.args, dict(n.kwargs)), copy)
+        copies[n] = insert_call(node.graph, before, n.target, args, kwargs, like=n)  # type: ignore[arg-type]
+        return copies[n]
+
+    return copy(node)
+
+
 @contextlib.contextmanager
 def _fake_mode(*values: Any) -> Iterator[None]:
     tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, FakeTensor)]

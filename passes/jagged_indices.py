@@ -14,7 +14,18 @@ from torch import Tensor, fx
 
 from hstu_compile.passes.axes import RESHAPES
 from hstu_compile.passes.contents import assume
-from hstu_compile.passes.graph import Size, aten, insert_call, is_call, is_cast, is_floating, same, shape, value
+from hstu_compile.passes.graph import (
+    Size,
+    aten,
+    copied_before,
+    insert_call,
+    is_call,
+    is_cast,
+    is_floating,
+    same,
+    shape,
+    value,
+)
 from hstu_compile.passes.index_space import IndexSpace, is_scalar, symbol_hints, symbols_of
 from hstu_compile.passes.index_space_ops import Coords, NotUnderstood
 from hstu_compile.passes.jagged import Padded, Unpadded, padded_by_call, unpadded_by_call
@@ -78,7 +89,8 @@ def _unpadded_by_index(node: fx.Node, dense: fx.Node, batch: Size, seq_len: Size
     def again(other: fx.Node, total: int | fx.Node, before: fx.Node) -> fx.Node:
         if folded:
             other = insert_call(node.graph, before, aten.flatten.using_ints, (other, 0, 1), like=before)
-        return insert_call(node.graph, before, node.target, (other, *node.args[1:]), node.kwargs, like=before)  # type: ignore
+        where = fx.map_arg(node.args[1:], lambda index: copied_before(index, before))
+        return insert_call(node.graph, before, node.target, (other, *where), dict(node.kwargs), like=before)  # type: ignore
 
     return Unpadded(node, node, dense, offsets, again)
 

@@ -34,6 +34,7 @@ from tests.without_codegen import inductor_without_codegen
 
 BATCHES = (3, 5)  # one is captured, the others must run on the same graph
 DRAWS = 6  # an error that is bad luck is gone in the maximum over more draws; a wrong number is not
+NUDGES = 8  # of the inputs of each draw
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Outcome:
     report: Report
     graphs: int = 1  # how many were captured
     wrong: str | None = None  # the first value that is out of budget
+    ill_conditioned: str | None = None  # the same, where half a unit in the last place of the inputs does as much
     seconds: float = 0.0
 
     def recognised(self, part: str) -> bool:
@@ -138,8 +140,27 @@ def try_out(layer: Layer, seed: int, through: Callable = through_trace) -> Outco
         outcome.wrong = _wrong(names, triples)
         if draw + 1 >= len(BATCHES) and outcome.wrong is None:
             break
+    if outcome.wrong is not None and _wrong(names, triples + _nudged(layer, double, seed)) is None:
+        outcome.wrong, outcome.ill_conditioned = None, outcome.wrong
     outcome.graphs, outcome.seconds = len(graphs), time.perf_counter() - began
     return outcome
+
+
+def _nudged(layer: Layer, double: nn.Module, seed: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+    """What rounding the inputs differently does to the exact values, as if it were eager's error, and ours none."""
+    parameters, dice = list(double.parameters()), torch.Generator().manual_seed(seed)
+    found = []
+    for draw in range(DRAWS):
+        x, *rest = arguments(layer, BATCHES[draw % len(BATCHES)], seed + draw)
+        half = torch.finfo(x.dtype).eps / 2
+        rest = [t.double() if t.is_floating_point() else t for t in rest]
+        with in_plain_pytorch():
+            exact = values_and_gradients(double, parameters, (x.double(), *rest))
+            for _ in range(NUDGES):
+                signs = torch.randint(2, x.shape, generator=dice) * 2 - 1
+                nudged = values_and_gradients(double, parameters, (x.double() * (1 + half * signs), *rest))
+                found.append(list(zip(exact, nudged, exact, strict=True)))
+    return found
 
 
 def _wrong(names: list[str], draws: list[list[tuple[Tensor, Tensor, Tensor]]]) -> str | None:
@@ -201,6 +222,8 @@ def summary(outcomes: list[Outcome]) -> str:
     for o in outcomes:
         if o.wrong:
             lines.append(f"WRONG {o.layer.mutation or ''}: {o.wrong}")
+        if o.ill_conditioned:
+            lines.append(f"ill-conditioned {o.layer.mutation or ''}: {o.ill_conditioned}")
     return "\n".join(lines)
 
 
@@ -225,8 +248,9 @@ def main() -> None:
                 outcomes.append(Outcome(layer, Report(), wrong=f"seed {seed}: {type(error).__name__}: {error}"))
                 continue
             outcome = outcomes[-1]
-            if outcome.wrong:
-                outcome.wrong = f"seed {seed}: {outcome.wrong}"
+            for name in ("wrong", "ill_conditioned"):
+                if getattr(outcome, name):
+                    setattr(outcome, name, f"seed {seed}: {getattr(outcome, name)}")
             if chosen.show:
                 print(layer.source, outcome.report, outcome.wrong or "", sep="\n")
             if chosen.missed and not outcome.recognised(chosen.missed):

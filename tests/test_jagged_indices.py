@@ -31,6 +31,9 @@ class Places:
         self.token = offsets[:-1, None] + torch.arange(n)
         self.real = torch.arange(n) < self.lengths[:, None]
 
+    def found_anew(self) -> "Places":
+        return Places(self.offsets, self.within.shape[0], self.n)
+
     def kept(self, t: Tensor) -> Tensor:
         return self.real.view(*self.real.shape, *[1] * (t.dim() - 2))
 
@@ -94,7 +97,7 @@ class Layer(nn.Module):
         return u * self.unpad(torch.einsum("bhij,bjhd->bihd", weights, v), at)
 
 
-def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.Node]:
+def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, made: type = Layer) -> list[torch.fx.Node]:
     """Numbers in budget, on one graph for all sizes; returns the calls of the attention in it."""
     graphs, rewrite = [], compiler.rewrite
 
@@ -104,7 +107,7 @@ def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch) -> list[tor
 
     monkeypatch.setattr(compiler, "rewrite", watched)
     torch._dynamo.reset()
-    model, double = Layer(*layer), Layer(*layer).double()
+    model, double = made(*layer), made(*layer).double()
     double.load_state_dict(model.state_dict())
     run = torch.compile(
         model, backend=hstu_compile.backend, options={"enable": ("attention",)}, dynamic=True, fullgraph=True
@@ -134,3 +137,22 @@ def test_the_attention_is_jagged(pad: str, unpad: str, monkeypatch: pytest.Monke
 def test_near_misses_stay_dense(name: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
     (call,) = check(OTHERS[name], monkeypatch)
     assert call.args[SEQ_OFFSETS] is None
+
+
+class ScaledRows(Layer):
+    """The rows' own factor is padded, and the places to read are known only after the attention."""
+
+    def forward(self, x: Tensor, offsets: Tensor, n: int) -> Tensor:
+        at = Places(offsets, x.shape[0], n)
+        q, k, v = (self.pad(t, at) for t in F.silu(self.uvqk(x)).unflatten(-1, (4, 2, 6)).unbind(1)[1:])
+        factor = (torch.arange(n) + at.lengths[:, None]).to(x.dtype).rsqrt()
+        weights = (
+            F.silu(torch.einsum("bihd,bjhd->bhij", q, k)) / 20 * torch.ones(n, n).tril() * factor[:, None, :, None]
+        )
+        return self.unpad(torch.einsum("bhij,bjhd->bihd", weights, v), at.found_anew())
+
+
+@pytest.mark.parametrize("unpad", UNPADDED)
+def test_a_factor_of_the_rows(unpad: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check((PADDED["where"], UNPADDED[unpad]), monkeypatch, ScaledRows)
+    assert call.args[SEQ_OFFSETS] is not None
