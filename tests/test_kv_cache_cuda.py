@@ -150,7 +150,7 @@ def test_promise_6_copies_of_the_next_layers_overlap_compute(
     layout = PageLayout(num_layers=8, num_heads=4, head_dim=256, page_size=64, dtype=torch.bfloat16)
     onload = Timed(torch.cuda.Stream())
     streams = Streams(CudaStream(DEVICE), onload, CudaStream(DEVICE, torch.cuda.Stream()))
-    cache = make_cache(64, MemoryStorage(layout, 100), streams)
+    cache = make_cache(64, MemoryStorage(layout, 100), layout=layout, streams=streams)
     compute: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for user in (1, 2, 1, 2):
         cache.gpu.drain()
