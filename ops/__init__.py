@@ -13,6 +13,7 @@ from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
 from hstu_compile.ops.paged_hstu_attention import paged_hstu_attention
 from hstu_compile.ops.silu_attention import silu_attention
 from hstu_compile.ops.table_lookup import table_grad, table_lookup
+from hstu_compile.ops.wait_layer import waiting
 
 __all__ = [
     "append_kv",
@@ -24,4 +25,5 @@ __all__ = [
     "silu_attention",
     "table_grad",
     "table_lookup",
+    "waiting",
 ]

@@ -1,0 +1,62 @@
+"""Which sizes of a jagged graph's inputs are the number of tokens, and which that of sequences."""
+
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from hstu_compile.passes.graph import Size, shape, value
+from hstu_compile.passes.index_space import is_scalar, symbols_of
+
+Kind = Literal["tokens", "sequences", "offsets"]
+
+
+def expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+class BatchSizes:
+    """Of a graph with `tokens` rows in sequences that begin and end at `offsets`.
+
+    An input that is never combined with others has sizes of its own; they are told by what they were when the graph was
+    captured.
+    """
+
+    def __init__(self, graph: fx.Graph, tokens: Size, offsets: fx.Node) -> None:
+        self._inputs = list(graph.find_nodes(op="placeholder"))
+        self._tokens, self._offsets = expression(tokens), expression(shape(offsets)[0])
+        self._kinds: dict[sympy.Expr, Kind | None] = {}
+        self._hints = {self._hint(tokens): "tokens", self._hint(shape(offsets)[0]) - 1: "sequences"}
+
+    @staticmethod
+    def _hint(size: Any) -> int:
+        return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # SymNode.hint: torch 2.11, 2.13
+
+    def kind(self, size: Any) -> Kind | None:
+        if isinstance(size, int):
+            return None
+        if expression(size) not in self._kinds:
+            self._kinds[expression(size)] = self._kind(size)
+        return self._kinds[expression(size)]
+
+    def _kind(self, size: Any) -> Kind | None:
+        found = expression(size)
+        for kind, known in (("tokens", self._tokens), ("offsets", self._offsets), ("sequences", self._offsets - 1)):
+            if sympy.simplify(found - known) == 0:
+                return kind  # type: ignore[return-value]
+        if not found.is_Symbol or symbols_of(size) & (self._tokens.free_symbols | self._offsets.free_symbols):
+            return None
+        if found in self.numbers.values():
+            return None
+        return self._hints.get(self._hint(size))  # type: ignore[return-value]
+
+    @property
+    def numbers(self) -> dict[fx.Node, sympy.Expr]:
+        """The inputs that are numbers of the caller's, not sizes of tensors."""
+        sizes: set[sympy.Symbol] = set()
+        for node in self._inputs:
+            if isinstance(value(node), Tensor):
+                sizes |= symbols_of(value(node))
+        scalars = {node: expression(value(node)) for node in self._inputs if is_scalar(node)}
+        return {node: found for node, found in scalars.items() if found.free_symbols and not found.free_symbols & sizes}

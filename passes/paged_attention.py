@@ -1,0 +1,129 @@
+"""Attention over a paged cache: each attention computes, and stores, what no page holds yet.
+
+    hstu_attention(q, k, v)      ->      append_kv(pool, k, v); paged_hstu_attention(q, k, v, pool)      at new rows
+
+The new rows are selected up to the inputs and down to the outputs by `selected_rows`.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from hstu_compile.passes.graph import argument, aten, is_call, shape, value
+from hstu_compile.passes.index_space import arguments
+from hstu_compile.passes.selected_rows import Selection
+
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
+PAGED = torch.ops.hstu_compile.paged_hstu_attention.default
+APPEND = torch.ops.hstu_compile.append_kv.default
+WAIT = torch.ops.hstu_compile.wait_layer.default
+
+# The inputs that a paged graph has behind the model's own. `valid_lengths` is what the pages hold: `cached_lengths` is
+# less where rows of these are computed again, since they are read.
+INPUTS = ("rows", "row_offsets", "page_table", "cached_lengths", "valid_lengths")
+
+
+@dataclass
+class Paged:
+    """What became of a graph."""
+
+    chosen: list[bool]  # output by output: has it the new rows only?
+    reads: list[fx.Node]  # row numbers that are read of new rows: these rows must be new
+    computed_whole: list[fx.Node]  # values of all rows, from which the new ones are picked
+
+
+def attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Every attention of a graph, layer by layer."""
+    return list(gm.graph.find_nodes(op="call_function", target=ATTENTION))
+
+
+def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
+    """Rewrite the graph in place; its inputs are then followed by `INPUTS`, and the pools are its buffers.
+
+    Raises:
+        MixesRows: the graph needs rows that are not new.
+    """
+    remove_idle_dropout(gm.graph)
+    layers = attentions(gm)
+    offsets, targets = (argument(layers[0], 3 + i, name) for i, name in ((0, "seq_offsets"), (2, "num_targets")))
+    mode = value(layers[0]).fake_mode
+    with mode, torch.no_grad():
+        begins = torch.empty_like(value(offsets))
+        counts = begins[1:].to(torch.int32)
+        table = counts.new_empty(counts.shape[0], max_pages)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    rows = torch.zeros(7, dtype=torch.int64, device=begins.device)
+    rows = mode.from_tensor(rows, symbolic_context=context, source=ConstantSource("hstu_compile_rows"))
+    inputs = dict(zip(INPUTS, _inputs(gm.graph, (rows, begins, table, counts, counts)), strict=True))
+
+    def paged(layer: int) -> Any:
+        def replace(selection: Selection, node: fx.Node) -> fx.Node:
+            a = arguments(node)
+            q, k, v = (selection.at(a[name], (selection.rows,)) for name in "qkv")
+            with gm.graph.inserting_before(node):
+                pool = gm.graph.get_attr(f"hstu_compile_pool_{layer}")
+            pool.meta["val"] = mode.from_tensor(pools[layer])
+            lengths = inputs["cached_lengths"]
+            if not layer:
+                inputs["written"] = _written(selection, node, inputs, pools[0].shape[2])
+            selection.call(node, WAIT, (pool, layer))
+            selection.call(node, APPEND, (pool, k, v, inputs["row_offsets"], inputs["written"], lengths, targets))
+            where = (inputs["page_table"], lengths)
+            mask = [selection.whole(x) if isinstance(x, fx.Node) else x for x in list(a.values())[10:]]
+            return selection.call(node, PAGED, (q, k, v, pool, *where, inputs["row_offsets"], targets, None, *mask))
+
+        return replace
+
+    for layer, pool in enumerate(pools):
+        gm.register_buffer(f"hstu_compile_pool_{layer}", pool, persistent=False)
+    selection = Selection(gm, inputs["rows"], {node: paged(layer) for layer, node in enumerate(layers)})
+    chosen = selection.run()
+    gm.graph.lint()
+    gm.recompile()
+    return Paged(chosen, selection.reads, selection.computed_whole)
+
+
+def _written(selection: Selection, like: fx.Node, inputs: dict[str, fx.Node], page_size: int) -> fx.Node:
+    """The page table without pages that are full: what is full never changes, for it may be being copied."""
+    table, device = inputs["page_table"], value(inputs["page_table"]).device
+    ends = (page_size, page_size * (shape(table)[1] + 1), page_size)
+    end = selection.call(like, aten.arange.start_step, ends, {"device": device})
+    valid = selection.call(like, aten.unsqueeze.default, (inputs["valid_lengths"], 1))
+    is_full = selection.call(like, aten.ge.Tensor, (valid, end))
+    return selection.call(like, aten.masked_fill.Scalar, (table, is_full, -1))
+
+
+def _inputs(graph: fx.Graph, values: Sequence[Tensor]) -> list[fx.Node]:
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    found = []
+    for name, fake in zip(INPUTS, values, strict=True):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"hstu_compile_{name}")
+        last.meta["val"] = fake
+        found.append(last)
+    return found
+
+
+def remove_idle_dropout(graph: fx.Graph) -> None:
+    """Dropout outside of training is nothing."""
+    for node in list(graph.nodes):
+        if is_call(node, aten.dropout.default, aten.feature_dropout.default) and not argument(node, 2, "train"):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif is_call(node, aten.native_dropout.default) and argument(node, 2, "train") is False:
+            for part in list(node.users):
+                if part.target is operator.getitem and part.args[1] == 0:
+                    part.replace_all_uses_with(node.args[0])
+                    graph.erase_node(part)
+
+
+def geometry(node: fx.Node) -> tuple[Any, ...]:
+    """(H, attn_dim, hidden_dim, dtype) of an attention's keys and values."""
+    a = arguments(node)
+    return (*shape(a["k"])[1:], shape(a["v"])[-1], value(a["k"]).dtype)
