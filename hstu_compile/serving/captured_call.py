@@ -38,6 +38,13 @@ class CapturedCall:
     own: list[tuple[CodeType, Tensor]]  # the model's tensors: an expression in L["model"], and what it gave
     assumed: list[tuple[Tensor, Content]]  # tensors of the model that must hold what was read of them
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Each input in the caller's terms: args[3]."""
+        return {
+            name: source.co_filename.removeprefix("L['").replace("']", "", 1) for name, source in self.sources.items()
+        }
+
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs in a call with these arguments."""
         scope = {"L": {"args": args, "kwargs": kwargs}}

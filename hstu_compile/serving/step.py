@@ -88,6 +88,7 @@ class Step:
         """
         assert self.sizes is not None and self._offsets is not None
         self.inputs = placeholders(self.graph)
+        self._names = self._call.names
         try:
             paged = paged_attention.run(self.graph, pools, max_pages)
             fixed = self._fixed | cacheable.check_rows(self.graph, self.sizes, self._offsets, self._targets)
@@ -110,7 +111,7 @@ class Step:
         """What is computed, and how."""
         lines = str(self._call.report).splitlines()
         lines += [f"computed for all rows: {node.name} at {source_line(node)}" for node in self.computed_whole]
-        lines += [f"must be the same in every request: argument {name}" for name in self.fixed_numbers]
+        lines += [f"must be the same in every request: {self._names[name]}" for name in self.fixed_numbers]
         return lines
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
@@ -138,16 +139,19 @@ class Step:
             known = value(node)
             if not isinstance(known, Tensor):
                 if node.name in self.fixed_numbers and self._numbers.setdefault(node.name, given) != given:
+                    before = self._numbers[node.name]
                     raise ValueError(
-                        f"serve: argument {node.name} is {given}, expected {self._numbers[node.name]} as before: keys "
-                        "and values of cached tokens depend on it"
+                        f"serve: {self._names[node.name]} is {given}, expected {before} as before: "
+                        "keys and values of cached tokens depend on it"
                     )
                 continue
             if not isinstance(given, Tensor) or (given.dtype, given.dim()) != (known.dtype, known.dim()):
                 found = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else given
-                raise ValueError(f"serve: argument {node.name} is {found}, expected {known.dtype}, {known.dim()} dims")
+                raise ValueError(
+                    f"serve: {self._names[node.name]} is {found}, expected {known.dtype}, {known.dim()} dims"
+                )
             for size, actual in zip(known.shape, given.shape, strict=True):
-                _agree(node.name, size, actual, sizes)
+                _agree(self._names[node.name], size, actual, sizes)
 
     def pad(self, inputs: Sequence[Any], tokens: int, sequences: int) -> list[Any]:
         """The inputs of a request with so many tokens and sequences: behind its own, empty sequences."""
@@ -239,13 +243,11 @@ def _agree(name: str, size: Any, actual: int, symbols: dict[sympy.Symbol, int]) 
     symbol, rest = _linear(known)
     if symbol is not None:
         if symbols.setdefault(symbol, actual - rest) != actual - rest:
-            raise ValueError(
-                f"serve: a size of argument {name} is {actual}, expected {symbols[symbol] + rest} as in the others"
-            )
+            raise ValueError(f"serve: a size of {name} is {actual}, expected {symbols[symbol] + rest} as in the others")
         return
     known = known.xreplace({s: sympy.Integer(n) for s, n in symbols.items()})
     if known.is_Integer and int(known) != actual:
-        raise ValueError(f"serve: a size of argument {name} is {actual}, expected {known}")
+        raise ValueError(f"serve: a size of {name} is {actual}, expected {known}")
 
 
 @functools.cache
