@@ -14,7 +14,7 @@ from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/kernels.md", "docs/compatibility.md")
+DOCUMENTS = ("README.md", "docs/kernels.md", "docs/compatibility.md", "docs/inference.md")
 BLOCK = re.compile(r"(<!-- bench\.tables: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]  # the extra_info of one benchmark
@@ -205,6 +205,41 @@ def layer_kernels(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def inference(rows: list[Row]) -> str:
+    """Requests to a block of layers and to a whole model: latency, by where the cache has their users."""
+    parts = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        found = [row for row in rows if row["what"] == what]
+        ways = list(dict.fromkeys(map(inference_way, found)))
+        requests: dict[tuple, dict[str, Row]] = {}
+        for row in found:
+            request = tuple(row[name] for name in ("batch", "seq_len", "new", "candidates"))
+            requests.setdefault(request, {})[inference_way(row)] = row
+        body = [[*map(str, request), *(_latency(by_way, way) for way in ways)] for request, by_way in requests.items()]
+        layers, heads, dim = (found[0][name] for name in ("num_layers", "num_heads", "head_dim"))
+        parts.append(
+            f"A {what} of {layers} layers, H={heads}, D={dim}, {found[0]['dtype']}: ms from a request to its answer, "
+            "p50 / p99 (native's p50 over it):"
+        )
+        parts.append(_markdown(["batch", "tokens", "new", "candidates", *ways], body))
+    return "\n\n".join(parts)
+
+
+def inference_way(row: Row) -> str:
+    tier = {None: "", "gpu": ", on the GPU", "host": ", in host memory", "miss": ", not yet"}[row["tier"]]
+    return f"{row['implementation']}{tier}{', graph' if row['cuda_graph'] else ''}"
+
+
+def _latency(by_way: Mapping[str, Row], way: str) -> str:
+    if way not in by_way:
+        return "-"
+    over = ""
+    if way != "native" and "native" in by_way:
+        over = f" ({by_way['native']['p50_ms'] / by_way[way]['p50_ms']:.1f}x)"
+    times = " / ".join(f"{by_way[way][key]:.2f}" for key in ("p50_ms", "p99_ms"))
+    return times + over
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "layer": layer,
     "layer_kernels": layer_kernels,
@@ -212,6 +247,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "compatibility": compatibility,
     "compatibility_errors": compatibility_errors,
     "compile_time": compile_time,
+    "inference": inference,
 }
 
 

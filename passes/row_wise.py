@@ -14,7 +14,7 @@ from torch import fx
 
 from hstu_compile.passes.graph import Size, argument, aten, is_tensor, number, same, shape, value
 from hstu_compile.passes.index_space import arguments, is_pointwise, op_name
-from hstu_compile.passes.jagged import as_padded, as_unpadded
+from hstu_compile.passes.jagged import padded_by_call, unpadded_by_call
 from hstu_compile.passes.report import source_line
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def handler(node: fx.Node) -> Handler | None:
         return None
     if number(node) is not None and is_tensor(node):
         return _filled
-    if as_padded(node) is not None:
+    if padded_by_call(node) is not None:
         return _padded
     if node.target is operator.getitem:
         return _part
@@ -268,7 +268,7 @@ def _gate(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index
 
 def _padded(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index) -> fx.Node:
     """jagged [T, ..] -> dense [B, N, ..]"""
-    pad = as_padded(node)
+    pad = padded_by_call(node)
     assert pad is not None
     if len(index) != 2:
         raise MixesRows(node, "makes dense rows of jagged ones")
@@ -294,7 +294,7 @@ def _part(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index
     """One result of a call that has several."""
     source, which = node.args
     assert isinstance(source, fx.Node)
-    found = as_unpadded(source)
+    found = unpadded_by_call(source)
     if found is not None and found.result is node:
         if len(index) != 1 or not isinstance(index[0], fx.Node):
             raise MixesRows(node, "makes jagged rows of dense ones")

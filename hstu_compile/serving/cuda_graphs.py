@@ -72,7 +72,7 @@ class CudaGraphs:
 
     def size(self, request: Request, plan: "Plan") -> Size | None:
         """The smallest size that holds a request; None where it is to be launched."""
-        fitting = [s for s in self._sizes if s[0] >= max(len(plan.cached), 2) and s[1] >= max(len(plan.rows), 2)]
+        fitting = [s for s in self._sizes if s[0] >= len(plan.cached) and s[1] >= max(len(plan.rows), 2)]
         found = min(fitting, key=lambda s: (s[1], s[0]), default=None)
         if found is not None:
             if found not in self._recorded:
@@ -88,21 +88,26 @@ class CudaGraphs:
         """The outputs of the size's graph; the next replay overwrites them."""
         recorded = self._recorded[size]
         assert isinstance(recorded, _Recorded)
-        self._step.fill(recorded.inputs, request.inputs)
-        for static, given in zip(recorded.plan, plan.tensors(size[1], size[0], self._step), strict=True):
+        users, tokens = size
+        self._step.fill(recorded.inputs, request.inputs, users * self._max_seq_len)
+        for static, given in zip(recorded.plan, plan.tensors(tokens, users + 1, self._step), strict=True):
             static.copy_(given, non_blocking=True)
         recorded.replay()
         return recorded.outputs
 
     def _record(self, size: Size, request: Request, plan: "Plan") -> _Recorded | str:
-        """A graph of empty sequences: recording computes, and writes nowhere."""
+        """A graph of no new rows: recording computes, and writes nowhere."""
         begin, device = time.perf_counter(), self._step.device
         users, tokens = size
-        padded = self._step.pad(request.inputs, users * self._max_seq_len, users)
-        inputs = [x.to(device, copy=True).zero_() if isinstance(x, Tensor) else x for x in padded]
-        static = tuple(x.to(device).zero_() for x in plan.tensors(tokens, users, self._step))
+        sequences, all_tokens = users + 1, users * self._max_seq_len  # the last sequence is padding
+        padded = self._step.pad(request.inputs, all_tokens, sequences)
+        if self._step.offsets(padded)[-1] != all_tokens:
+            return "the model takes lengths, expected offsets: padding would belong to no sequence"
+        inputs = self._step.blank(padded)
+        static = tuple(x.to(device).zero_() for x in plan.tensors(tokens, sequences, self._step))
         rows, begins, cached = static
-        given = (*inputs, rows, begins, self._cache.page_table[:users], cached, self._cache.cached_lengths[:users])
+        table, valid = self._cache.page_table[:sequences], self._cache.cached_lengths[:sequences]
+        given = (*inputs, rows, begins, table, cached, valid)
         try:
             replay, outputs, reserved = record(lambda: self._launch(*given), self._pool)
         except RuntimeError as error:

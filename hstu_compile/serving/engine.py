@@ -121,6 +121,11 @@ class Engine:
         """The user's history is another than it was: nothing that is cached of it is used again."""
         self._epochs[user] += 1
 
+    def drain(self) -> None:
+        """Wait for copies to and from the host that are under way."""
+        if self._cache is not None:
+            self._cache.gpu.drain()
+
     def close(self) -> None:
         """Wait for copies under way, and give back memory and threads."""
         if self._cache is not None:
@@ -152,7 +157,8 @@ class Engine:
         per_user = layout.pages(self.max_seq_len)
         gpu = GpuKVCacheManager(layout, self._num_pages or 4 * self.max_batch * per_user, device)
         step.page(gpu.pools, per_user)
-        cache = KVCache(gpu, self._storage(layout), max_batch_size=self.max_batch, max_seq_len=self.max_seq_len)
+        # Of a CUDA graph's sequences one is for padding.
+        cache = KVCache(gpu, self._storage(layout), max_batch_size=self.max_batch + 1, max_seq_len=self.max_seq_len)
         launch = compiled(step)
         self._step, self._cache, self._launch = step, cache, launch
         if self._sizes and cuda_graphs.supported(device):
@@ -168,6 +174,8 @@ class Engine:
         lengths, histories = np.diff(request.offsets), request.histories
         if len(users) != len(lengths):
             raise ValueError(f"serve: users has {len(users)} names, expected {len(lengths)}, one for each sequence")
+        if len(users) > self.max_batch:
+            raise ValueError(f"serve: users has {len(users)} names, expected at most max_batch, {self.max_batch}")
         for user, length, history in zip(users, lengths, histories, strict=True):
             if not 0 <= history <= length <= self.max_seq_len:
                 raise ValueError(
@@ -199,8 +207,9 @@ class Engine:
 
     def _launched(self, request: Request, plan: "Plan", batch: Batch) -> Sequence[Any]:
         assert self._step is not None
-        sequences = max(len(plan.cached), LEAST)
-        inputs = self._step.pad(request.inputs, max(int(request.offsets[-1]), LEAST), sequences)
+        tokens = int(request.offsets[-1])
+        sequences = max(len(plan.cached) + (tokens < LEAST), LEAST)
+        inputs = self._step.pad(request.inputs, max(tokens, LEAST), sequences)
         given = plan.tensors(max(len(plan.rows), LEAST), sequences, self._step)
         table, valid = batch.page_table[:sequences], batch.cached_lengths[:sequences]
         if len(table) < sequences:
@@ -235,9 +244,15 @@ class Plan(NamedTuple):
         What is added belongs to no sequence: rows that are there once more, and sequences without tokens.
         """
         last = self.rows[-1] if len(self.rows) else 0
-        missing = sequences - len(self.cached)
         return (
-            torch.from_numpy(np.pad(self.rows, (0, rows - len(self.rows)), constant_values=last)),
-            torch.from_numpy(np.pad(self.begins, (0, missing), mode="edge")).to(step.offsets_dtype),
-            torch.from_numpy(np.pad(self.cached, (0, missing))).to(torch.int32),
+            _filled_up(self.rows, rows, last, torch.int64),
+            _filled_up(self.begins, sequences + 1, self.begins[-1], step.offsets_dtype),
+            _filled_up(self.cached, sequences, 0, torch.int32),
         )
+
+
+def _filled_up(given: np.ndarray, size: int, rest: int, dtype: torch.dtype) -> Tensor:
+    made = torch.empty(size, dtype=dtype)
+    numbers = made.numpy()
+    numbers[: len(given)], numbers[len(given) :] = given, rest
+    return made

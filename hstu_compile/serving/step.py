@@ -14,7 +14,7 @@ from hstu_compile.capture import placeholders
 from hstu_compile.passes import cacheable, paged_attention
 from hstu_compile.passes.batch_sizes import BatchSizes, Kind, expression
 from hstu_compile.passes.evaluate import Evaluation
-from hstu_compile.passes.graph import argument, is_tensor, shape, value
+from hstu_compile.passes.graph import argument, shape, value
 from hstu_compile.passes.report import source_line
 from hstu_compile.passes.row_wise import MixesRows
 from hstu_compile.serving.captured_call import CapturedCall
@@ -29,6 +29,7 @@ class Request:
     """The sequences of a request, as its arguments say."""
 
     inputs: list[Any]  # of the graph
+    symbols: dict[sympy.Symbol, int]  # sizes and numbers of the graph, in this request
     offsets: np.ndarray  # [B + 1]
     targets: np.ndarray  # [B]
     first_read: np.ndarray  # [B]: the first position that is read of the result
@@ -121,20 +122,41 @@ class Step:
             ValueError: an argument is not as when the model was captured.
         """
         inputs = self._call.inputs(args, kwargs)
-        self._check(inputs)
-        read = [(n, x) for n, x in zip(self.inputs, inputs, strict=True) if n in self._sequences.reads]
-        given = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in read}
-        offsets, *others = (x.long().reshape(-1).numpy() for x in self._sequences(given))
+        symbols = self._check(inputs)
+        offsets, *others = self._read(inputs)
         targets = others.pop(0) if self._targets is not None else np.zeros(len(offsets) - 1, dtype=np.int64)
         first_read = np.diff(offsets)
         for rows in others:
             rows = rows[(rows >= 0) & (rows < offsets[-1])]
             sequence = np.searchsorted(offsets, rows, side="right") - 1
             np.minimum.at(first_read, sequence, rows - offsets[sequence])
-        return Request(inputs, offsets, targets, first_read)
+        return Request(inputs, symbols, offsets, targets, first_read)
 
-    def _check(self, inputs: Sequence[Any]) -> None:
-        sizes: dict[sympy.Symbol, int] = {}
+    def offsets(self, inputs: Sequence[Any]) -> np.ndarray:
+        """[B + 1], of a request with these inputs."""
+        return self._read(inputs)[0]
+
+    def _read(self, inputs: Sequence[Any]) -> list[np.ndarray]:
+        """Offsets, counts of candidates where there are some, and rows that are read of the result."""
+        read = [(n, x) for n, x in zip(self.inputs, inputs, strict=True) if n in self._sequences.reads]
+        given = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in read}
+        return [x.long().reshape(-1).numpy() for x in self._sequences(given)]
+
+    def blank(self, inputs: Sequence[Any]) -> list[Any]:
+        """Inputs on the device with addresses of their own: offsets as they are, all other numbers 0."""
+        assert self.sizes is not None
+        made = []
+        for node, x in zip(self.inputs, inputs, strict=True):
+            if isinstance(x, Tensor):
+                keeps = any(self.sizes.kind(size) == "offsets" for size in shape(node))
+                x = x.to(self.device, copy=True) if keeps else torch.zeros_like(x, device=self.device)
+            made.append(x)
+        return made
+
+    def _check(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """The symbols of sizes and numbers in these inputs."""
+        symbols: dict[sympy.Symbol, int] = {}
+        numbers = []
         for node, given in zip(self.inputs, inputs, strict=True):
             known = value(node)
             if not isinstance(known, Tensor):
@@ -144,6 +166,7 @@ class Step:
                         f"serve: {self._names[node.name]} is {given}, expected {before} as before: "
                         "keys and values of cached tokens depend on it"
                     )
+                numbers.append((known, given))
                 continue
             if not isinstance(given, Tensor) or (given.dtype, given.dim()) != (known.dtype, known.dim()):
                 found = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else given
@@ -151,10 +174,18 @@ class Step:
                     f"serve: {self._names[node.name]} is {found}, expected {known.dtype}, {known.dim()} dims"
                 )
             for size, actual in zip(known.shape, given.shape, strict=True):
-                _agree(self._names[node.name], size, actual, sizes)
+                _agree(self._names[node.name], size, actual, symbols)
+        for known, given in numbers:
+            if expression(known).is_Symbol:
+                symbols.setdefault(expression(known), given)
+        return symbols
 
     def pad(self, inputs: Sequence[Any], tokens: int, sequences: int) -> list[Any]:
-        """The inputs of a request with so many tokens and sequences: behind its own, empty sequences."""
+        """The inputs of a request with so many tokens and sequences, of which it has fewer where it has fewer tokens.
+
+        The last sequence holds the tokens that are added: a token of no sequence is more than models reckon with. Those
+        between are empty.
+        """
         return [self._padded(node, given, tokens, sequences) for node, given in zip(self.inputs, inputs, strict=True)]
 
     def _padded(self, node: fx.Node, given: Any, tokens: int, sequences: int) -> Any:
@@ -166,9 +197,10 @@ class Step:
             kind = self.sizes.kind(size)
             missing = targets.get(kind, given.shape[dim]) - given.shape[dim]
             if missing > 0:
-                last = given.narrow(dim, given.shape[dim] - 1, 1) if kind == "offsets" else None
-                form = [missing if d == dim else n for d, n in enumerate(given.shape)]
-                more = given.new_zeros(form) if last is None else last.expand(form)
+                more = given.new_zeros([missing if d == dim else n for d, n in enumerate(given.shape)])
+                if kind == "offsets":
+                    more.copy_(given.narrow(dim, given.shape[dim] - 1, 1).expand_as(more))
+                    more.narrow(dim, -1, 1).fill_(tokens)
                 given = torch.cat([given, more], dim)
         return given
 
@@ -185,8 +217,8 @@ class Step:
                     return False
         return True
 
-    def fill(self, recorded: Sequence[Any], inputs: Sequence[Any]) -> None:
-        """Copy a request to the inputs of a recorded graph: behind its own, empty sequences."""
+    def fill(self, recorded: Sequence[Any], inputs: Sequence[Any], tokens: int) -> None:
+        """Copy a request to the inputs of a recorded graph, which has so many tokens: see `pad`."""
         assert self.sizes is not None
         for node, room, given in zip(self.inputs, recorded, inputs, strict=True):
             if not isinstance(given, Tensor):
@@ -202,25 +234,12 @@ class Step:
                     rest.zero_()
                 elif kind == "offsets":
                     rest.copy_(room.narrow(dim, actual - 1, 1).expand_as(rest))
+                    rest.narrow(dim, -1, 1).fill_(tokens)
 
     def cut(self, outputs: Sequence[Any], request: Request, rows: int) -> list[Any]:
         """Outputs of padded inputs without what was added."""
-        symbols: dict[sympy.Symbol, int] = {expression(shape(self.rows)[0]): rows}
-        for node, given in zip(self.inputs, request.inputs, strict=True):
-            for size, actual in zip(shape(node), given.shape, strict=True) if is_tensor(node) else ():
-                _agree(node.name, size, actual, symbols)
-            if not is_tensor(node) and expression(value(node)).is_Symbol:
-                symbols.setdefault(expression(value(node)), given)
-        return [self._cut(x, known, symbols) for x, known in zip(outputs, self._outputs, strict=True)]
-
-    @staticmethod
-    def _cut(x: Any, known: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        for dim, size in enumerate(known.shape):
-            if not isinstance(size, int) and expression(size).free_symbols <= symbols.keys():
-                x = x.narrow(dim, 0, int(expression(size).xreplace({s: sympy.Integer(n) for s, n in symbols.items()})))
-        return x
+        symbols = request.symbols | {expression(shape(self.rows)[0]): rows}
+        return [_cut(x, known, symbols) for x, known in zip(outputs, self._outputs, strict=True)]
 
     @property
     def rebuild(self) -> Callable[[Sequence[Any]], Any]:
@@ -248,6 +267,18 @@ def _agree(name: str, size: Any, actual: int, symbols: dict[sympy.Symbol, int]) 
     known = known.xreplace({s: sympy.Integer(n) for s, n in symbols.items()})
     if known.is_Integer and int(known) != actual:
         raise ValueError(f"serve: a size of {name} is {actual}, expected {known}")
+
+
+def _cut(x: Any, known: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    for dim, size in enumerate(known.shape):
+        symbol, rest = _linear(expression(size))
+        if symbol in symbols:
+            x = x.narrow(dim, 0, symbols[symbol] + rest)
+        elif not isinstance(size, int) and expression(size).free_symbols <= symbols.keys():
+            x = x.narrow(dim, 0, int(expression(size).xreplace({s: sympy.Integer(n) for s, n in symbols.items()})))
+    return x
 
 
 @functools.cache

@@ -31,7 +31,7 @@ class Ranking(nn.Module):
 
     def embed(self, ids: Tensor, offsets: Tensor, num_targets: Tensor, timestamps: Tensor | None) -> Tensor:
         row = torch.arange(ids.shape[0], device=ids.device)
-        sequence = torch.bucketize(row, offsets[1:], right=True).clamp(max=offsets.shape[0] - 2)
+        sequence = torch.bucketize(row, offsets[1:], right=True)
         x = self.items(ids) * 4.0 + self.positions(self.position(row, sequence, offsets, num_targets))
         if self.times is not None and timestamps is not None:
             angle = timestamps.unsqueeze(-1) * self.frequencies
