@@ -205,6 +205,25 @@ def layer_kernels(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def paged_attention(rows: list[Row]) -> str:
+    """Attention over pages beside the unpaged op on the same sequences: one launch, by size of a page."""
+    kernels = list(dict.fromkeys(row["implementation"] for row in rows))
+    requests: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        request = tuple(row[name] for name in ("batch", "cached", "new", "candidates", "page_size"))
+        requests.setdefault(request, {})[row["implementation"]] = row
+    body = [[*map(str, request), *(_rate(found.get(name)) for name in kernels)] for request, found in requests.items()]
+    return "us of one launch (TFLOP/s of live cells):\n\n" + _markdown(
+        ["batch", "cached", "new", "candidates", "page", *kernels], body
+    )
+
+
+def _rate(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{1e3 * row['ms']:.1f}" + (f" ({row['tflops']:.0f})" if row.get("tflops") else "")
+
+
 def inference(rows: list[Row]) -> str:
     """Requests to a block of layers and to a whole model: latency, by where the cache has their users."""
     parts = []
@@ -248,6 +267,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "compatibility_errors": compatibility_errors,
     "compile_time": compile_time,
     "inference": inference,
+    "paged_attention": paged_attention,
 }
 
 
