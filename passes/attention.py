@@ -42,6 +42,7 @@ from hstu_compile.passes.report import Region, Report, source_line, spoken
 
 NAME = "attention"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NO_RELATIVE_BIAS = (None, None, None, None, None, False)  # position_bias to time_symmetric
 
 
 def run(gm: fx.GraphModule, report: Report) -> int:
@@ -125,7 +126,7 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
         *(q, k, v),
         layout.seq_offsets,
         *counts(layout, meaning),
-        *(mask, bias, states),
+        *(mask, bias, *NO_RELATIVE_BIAS, states),
         layout.max_seq_len,
         float(alpha),
         weights.scaling_seq_len,

@@ -127,6 +127,7 @@ class Call:
         max_attn_len: int,
         min_full_attn_seq_len: int,
         targets_share_position: bool,
+        relative_bias: Any = None,
     ) -> None:
         self.q, self.k, self.v = q, k, v
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
