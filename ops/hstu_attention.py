@@ -168,8 +168,6 @@ def _backward_fake(dout, q, k, v, *args):
 def checked_attention_kernel(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> ModuleType | None:
     named = dict(zip(PARAMETERS, args, strict=True))
     check_attention_arguments(q, k, v, **named)
-    if named["position_bias"] is not None or named["time_bias"] is not None:
-        return None
     pairs = {"has_mask": named["attn_mask"] is not None, "has_bias": named["attn_bias"] is not None}
     kernel = kernel_table.choose_attention(q.device, q.dtype, q.shape[-1], v.shape[-1], **pairs)
     return None if kernel.is_reference else kernel.module()

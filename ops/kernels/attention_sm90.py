@@ -108,6 +108,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
 
     memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
     """
+    if call.get("relative_bias") is not None:
+        return kernels().portable.forward(q, k, v, **call)
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     if out.numel():
         extent = extent_of(q, call)
@@ -129,10 +131,16 @@ def backward(
     v: Tensor,
     *,
     needs_bias_grad: bool,
+    needs_position_bias_grad: bool = False,
+    needs_time_bias_grad: bool = False,
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and, if asked for, dbias, contiguous; keywords as in `forward`."""
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv and, if asked for, those of attn_bias, position_bias and time_bias, contiguous; see `forward`."""
+    needs = needs_position_bias_grad, needs_time_bias_grad
+    if call.get("relative_bias") is not None:
+        names = dict(zip(("needs_position_bias_grad", "needs_time_bias_grad"), needs, strict=True))
+        return kernels().portable.backward(dout, q, k, v, needs_bias_grad=needs_bias_grad, **names, **call)
     contiguous = torch.contiguous_format
     dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=contiguous) for t in (q, k, v)])
     if dq.numel():
@@ -147,10 +155,10 @@ def backward(
         tensors = [dout, q, k, v, *grads, *scratch, *per_sequence(call), call["attn_bias"]]
         run(remembered(memory, call), key, tensors, extent, launches)
     if not needs_bias_grad or call["attn_bias"] is None:
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None, None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
-    return dq, dk, dv, dbias(dout, q, k, v, **call)
+    return dq, dk, dv, dbias(dout, q, k, v, **call), None, None
 
 
 def silu_backward(
