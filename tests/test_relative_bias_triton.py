@@ -28,7 +28,7 @@ else:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-class _CompileOnly:
+class CompileOnly:
     """Stands for a kernel; a launch compiles it."""
 
     def __init__(self, kernel) -> None:
@@ -48,7 +48,7 @@ LEAST = 40
 
 @pytest.mark.parametrize("dim, shared", [(64, False), (128, False), (128, True), (256, True)])
 def test_compiles(dim: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = _CompileOnly(relative_kernels.time_ranges_kernel)
+    kernel = CompileOnly(relative_kernels.time_ranges_kernel)
     monkeypatch.setattr(relative_kernels, "time_ranges_kernel", kernel)
     relative = RelativeBias(**relative_bias(1, 2, 16, num_boundaries=64, shared=shared, symmetric=shared))
     taken = compile_attention(90, dim, dim, torch.bfloat16, monkeypatch, relative_bias=relative)

@@ -131,8 +131,8 @@ def half_argument(scores, half_alpha, bias, relative, at, row0, col0, rows, cols
     half = scores * half_alpha
     if bias is not None:
         half += 0.5 * load_cells(bias, at, rows, cols, m.length)
-    if relative.position is not None or relative.time is not None:
-        half += 0.5 * relative_cells(relative, at[0], at[2], row0, col0, rows, cols, m.length, N)
+    if relative.position.table is not None or relative.time.table is not None:
+        half += 0.5 * relative_cells(relative, at[0], at[2], row0, col0, rows, cols, m.length, N, True)
     return half
 
 
@@ -141,7 +141,7 @@ def takes_no_weights(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, ones, b
     """Whether every cell of a tile counts as it is; `ones`: whether the mask tensor is all ones there."""
     whole = ones & all_cells_live(row0, col0, ROWS, COLS, m, family)
     # What a bias holds beyond the sequence may be NaN.
-    if bias is not None or relative.position is not None or relative.time is not None:
+    if bias is not None or relative.position.table is not None or relative.time.table is not None:
         whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)
     return whole
 

@@ -21,7 +21,6 @@ from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
 from hstu_compile.ops.kernels.relative_bias import RelativeBias
 from hstu_compile.ops.kernels.relative_bias_grad import relative_bias_grads
-from hstu_compile.ops.kernels.relative_tiles import NO_RELATIVE, Relative
 from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
@@ -164,11 +163,7 @@ class Call:
             "max_attn_len": max_attn_len,
             "min_full_attn_seq_len": min_full_attn_seq_len,
         }
-        self.relative_bias = None
-        if relative_bias is not None:
-            self.relative_bias = RelativeBias(
-                relative_bias, self.sequences["sequences"], self.num_sequences, max_seq_len
-            )
+        self.relative_bias = RelativeBias(relative_bias, self.sequences["sequences"], self.num_sequences, max_seq_len)
         self.alpha, self.scale = float(alpha), float(scale)
         self.shared = {
             **self.sequences,
@@ -193,10 +188,6 @@ class Call:
             self.lists[key] = occupied_tiles(mask, *sizes)
         visits, ranks = self.lists[key]
         return {"visits": visits, "ranks": ranks, "mask_batches": visits.shape[0], "mask_heads": visits.shape[1]}
-
-    def relative(self, rows: int, cols: int) -> Relative:
-        """The relative bias in tiles of queries x keys."""
-        return NO_RELATIVE if self.relative_bias is None else self.relative_bias.tiles(rows, cols)
 
     def slots(self, kept: int) -> Slots:
         """For tiles of the kept side."""
@@ -228,7 +219,7 @@ class Call:
             **self.shared,
             **{name: None if t is None else rows_of(t) for name, t in operands.items()},
             **self.occupied(*((streamed, kept) if by_keys else (kept, streamed)), by_keys=by_keys),
-            relative=self.relative(*((streamed, kept) if by_keys else (kept, streamed))),
+            relative=self.relative_bias.tiles(*((streamed, kept) if by_keys else (kept, streamed))),
             scale=scale,
             BY_KEYS=by_keys,
             KEPT=kept,
@@ -267,7 +258,7 @@ class Call:
             **self.shared,
             **{name: rows_of(t) for name, t in operands.items()},
             **self.occupied(tile.rows, tile.cols, by_keys=True),
-            relative=self.relative(tile.rows, tile.cols),
+            relative=self.relative_bias.tiles(tile.rows, tile.cols),
             scale=self.scale,
             ROWS=tile.rows,
             COLS=tile.cols,
@@ -302,7 +293,7 @@ class Call:
                 **lists,
                 **{name: rows_of(t) for name, t in operands.items()},
                 dbias_cells=self.cells(dbias),
-                relative=self.relative(tile.rows, tile.cols),
+                relative=self.relative_bias.tiles(tile.rows, tile.cols),
                 scale=self.scale,
                 CHUNK=CHUNK,
             )
@@ -312,7 +303,7 @@ class Call:
         self, dout: Tensor, needs_position: bool, needs_time: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those of position_bias and time_bias, if asked for."""
-        if self.relative_bias is None or not (needs_position or needs_time):
+        if not (needs_position or needs_time):
             return None, None
         operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
         operands = {name: rows_of(t) for name, t in operands.items()}

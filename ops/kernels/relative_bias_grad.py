@@ -112,8 +112,8 @@ def products(q_rows, k_rows, v_rows, dout_rows, at, rows, cols, length, CHUNK: t
 @triton.jit
 def tile_buckets(relative, batch, least, width, rows, cols, length):
     """Those of rows x cols, if there is a bias by time."""
-    if relative.time is not None:
-        return bucket_cells(relative, batch, least, width, rows[:, None], cols[None, :], length)
+    if relative.time.table is not None:
+        return bucket_cells(relative.time, batch, least, width, rows[:, None], cols[None, :], length, False)
 
 
 @triton.jit
@@ -124,10 +124,10 @@ def tile_gradient(
     half = scores * half_alpha
     if bias is not None:
         half += 0.5 * load_cells(bias, at, rows, cols, m.length)
-    if relative.time is not None:
-        half += 0.5 * time_cells(relative, at[2], buckets)
-    if relative.position is not None:
-        half += 0.5 * position_cells(relative, at[2], rows, cols, N)
+    if relative.time.table is not None:
+        half += 0.5 * time_cells(relative.time, at[2], buckets)
+    if relative.position.table is not None:
+        half += 0.5 * position_cells(relative.position, at[2], rows, cols, N)
     ds = silu_and_grad(half, FAST)[1] * dp
     if not whole:
         ds = weighted(ds, weights(mask, at, rows, cols, m, family))
@@ -195,8 +195,8 @@ def relative_grad_kernel(
             sequences, batch, length, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
         )  # fmt: skip
         whole = takes_no_weights(row0, col0, TILE, TILE, entry % 2 == 1, bias, relative, m, family)
-        if relative.time is not None:
-            least, width = bucket_range(relative, batch, row0, col0, N)
+        if relative.time.table is not None:
+            least, width = bucket_range(relative.time, batch, row0, col0, N)
         else:
             least, width = 0, 0
         if ALONE:
@@ -288,7 +288,7 @@ def relative_bias_grads(
         lists |= {"first_diagonal": first_diagonal, "TILE": tile.rows}
         one_warp = tile._replace(num_warps=4)
         launch(diagonal_kernel, call.q, counts.numel(), one_warp, **call.sequences, **lists, **occupied, LISTED=LISTED)
-        relative = call.relative(tile.rows, tile.cols)
+        relative = call.relative_bias.tiles(tile.rows, tile.cols)
         buckets = triton.next_power_of_2(1 + call.relative_bias.num_boundaries)
         sizes = (diagonals, groups, parts)
         sums = [
@@ -300,7 +300,7 @@ def relative_bias_grads(
             relative_grad_kernel,
             call.q,
             diagonals * groups * parts,
-            tile if groups == heads else tile._replace(num_warps=8),  # of several heads it holds more
+            tile,
             position_ptr=sums[0],
             time_ptr=sums[1],
             **lists,

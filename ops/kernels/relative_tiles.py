@@ -13,16 +13,18 @@ import triton.language as tl
 PAD = tl.constexpr(256)  # entries around the position table: a tile at the end reads beyond it, whatever it finds
 
 
-class Relative(NamedTuple):
-    """A relative bias as a kernel takes it whose tiles are ROWS queries x COLS keys; what is absent is None.
+class Position(NamedTuple):
+    """The bias by position; if there is none, None for every field."""
 
-    Without any it is NO_RELATIVE: Triton cannot tell whether a tuple that holds a None is one itself.
-    """
+    table: Any  # fp32 [H|1, 2N - 1 + 2 PAD]
+    step: Any  # from head to head, 0 if they share it
 
-    position: Any  # fp32 [H|1, 2N - 1 + 2 PAD]
-    position_step: Any  # from head to head, 0 if they share it
-    time: Any  # fp32 [H|1, K + 1]
-    time_step: Any
+
+class Time(NamedTuple):
+    """The bias by time, for tiles of ROWS queries x COLS keys; if there is none, None for every field."""
+
+    table: Any  # fp32 [H|1, K + 1]
+    step: Any
     row_times: Any  # [B|1, N]
     row_step: Any  # from sequence to sequence
     col_times: Any
@@ -35,7 +37,15 @@ class Relative(NamedTuple):
     COLS: tl.constexpr
 
 
-NO_RELATIVE = Relative(*[None] * len(Relative._fields))
+class Relative(NamedTuple):
+    """Both. Kernels ask for the tables: Triton cannot tell whether a tuple that holds a None is one itself."""
+
+    position: Position
+    time: Time
+
+
+NO_POSITION = Position(*[None] * len(Position._fields))
+NO_TIME = Time(*[None] * len(Time._fields))
 
 
 @triton.jit
@@ -49,57 +59,68 @@ def apart(row_time, col_time, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def bucket_of(row_time, col_time, boundaries, low, width, SYMMETRIC: tl.constexpr, STEPS: tl.constexpr):
-    """The bucket, at least `low` [cells] and at most `width` [one number] more."""
-    for _ in tl.static_range(STEPS):  # of a loop the bounds of which are not known, Triton fetches nothing ahead
-        if width > 0:
-            half = (width + 1) // 2
-            boundary = tl.load(boundaries + (low + (half - 1)))
-            low = tl.where(boundary <= apart(row_time, col_time, SYMMETRIC), low + half, low)
-            width -= half
-    return low
+def narrowed(low, half, boundaries, difference):
+    """The bucket is at least `low`; whether it is at least `half` more."""
+    boundary = tl.load(boundaries + (low + (half - 1)))
+    return tl.where(boundary <= difference, low + half, low)
 
 
 @triton.jit
-def position_cells(relative, head, rows, cols, N):
+def position_cells(position, head, rows, cols, N):
     """The bias by position of rows x cols, which broadcast."""
-    table = relative.position + head * relative.position_step + (N - 1 + PAD)
+    table = position.table + head * position.step + (N - 1 + PAD)
     return tl.load(table + (rows - cols))
 
 
 @triton.jit
-def bucket_range(relative, batch, row0, col0, N):
+def bucket_range(time, batch, row0, col0, N):
     """The least bucket of the tile at (row0, col0), and how far above it the greatest is."""
-    tile = (batch * tl.cdiv(N, relative.ROWS) + row0 // relative.ROWS) * tl.cdiv(N, relative.COLS)
-    place = relative.ranges + (tile + col0 // relative.COLS).to(tl.int64) * 2
+    tile = (batch * tl.cdiv(N, time.ROWS) + row0 // time.ROWS) * tl.cdiv(N, time.COLS) + col0 // time.COLS
+    place = time.ranges + tile.to(tl.int64) * 2
     least = tl.load(place)
     return least, tl.load(place + 1) - least
 
 
 @triton.jit
-def bucket_cells(relative, batch, least, width, rows, cols, length):
-    """The buckets of rows x cols, of a tile with that range; any of the range beyond the sequence."""
-    batch = tl.cast(batch, tl.int64)
-    row_time = tl.load(relative.row_times + batch * relative.row_step + rows, mask=rows < length, other=0)
-    col_time = tl.load(relative.col_times + batch * relative.col_step + cols, mask=cols < length, other=0)
+def bucket_cells(time, batch, least, width, rows, cols, length, UNROLL: tl.constexpr):
+    """The buckets of rows x cols, of a tile with that range; any of the range beyond the sequence.
+
+    UNROLL: for a loop whose rows Triton fetches ahead, which it does in no loop that has another one within.
+    """
+    row_ptr = time.row_times + tl.cast(batch, tl.int64) * time.row_step
+    col_ptr = time.col_times + tl.cast(batch, tl.int64) * time.col_step
+    row_time = tl.load(row_ptr + rows, mask=rows < length, other=0)
+    col_time = tl.load(col_ptr + cols, mask=cols < length, other=0)
     low = (rows - rows) + (cols - cols) + least
-    return bucket_of(row_time, col_time, relative.boundaries, low, width, relative.SYMMETRIC, relative.STEPS)
+    if UNROLL:
+        for _ in tl.static_range(time.STEPS):
+            if width > 0:
+                half = (width + 1) // 2
+                low = narrowed(low, half, time.boundaries, apart(row_time, col_time, time.SYMMETRIC))
+                width -= half
+    else:
+        while width > 0:
+            half = (width + 1) // 2
+            low = narrowed(low, half, time.boundaries, apart(row_time, col_time, time.SYMMETRIC))
+            width -= half
+    return low
 
 
 @triton.jit
-def time_cells(relative, head, buckets):
+def time_cells(time, head, buckets):
     """The bias by time."""
-    return tl.load(relative.time + head * relative.time_step + buckets)
+    return tl.load(time.table + head * time.step + buckets)
 
 
 @triton.jit
-def relative_cells(relative, batch, head, row0, col0, rows, cols, length, N):
+def relative_cells(relative, batch, head, row0, col0, rows, cols, length, N, UNROLL: tl.constexpr):
     """The relative bias of rows x cols, of the tile at (row0, col0), in fp32; beyond the sequence whatever there is."""
-    if relative.time is not None:
-        least, width = bucket_range(relative, batch, row0, col0, N)
-        cells = time_cells(relative, head, bucket_cells(relative, batch, least, width, rows, cols, length))
-        if relative.position is not None:
-            cells += position_cells(relative, head, rows, cols, N)
+    if relative.time.table is not None:
+        least, width = bucket_range(relative.time, batch, row0, col0, N)
+        buckets = bucket_cells(relative.time, batch, least, width, rows, cols, length, UNROLL)
+        cells = time_cells(relative.time, head, buckets)
+        if relative.position.table is not None:
+            cells += position_cells(relative.position, head, rows, cols, N)
         return cells
     else:
-        return position_cells(relative, head, rows, cols, N)
+        return position_cells(relative.position, head, rows, cols, N)
