@@ -175,9 +175,13 @@ def relative_grad_kernel(
     position [diagonals, groups, parts, TILE, TILE] and time [diagonals, groups, parts, BUCKETS], each may be None.
     Of position, parts without a tile are not written.
     """
-    part = tl.program_id(0) % parts
-    head0 = tl.program_id(0) // parts % groups * (num_heads // groups)
-    diagonal = tl.program_id(0) // parts // groups
+    # At a time all diagonals of a part, and all heads: these are the same sequences, more or less, and fit the L2.
+    diagonals = tl.num_programs(0) // parts // groups
+    group = tl.program_id(0) % groups
+    diagonal = tl.program_id(0) // groups % diagonals
+    part = tl.program_id(0) // groups // diagonals
+    program = ((diagonal * groups + group) * parts + part).to(tl.int64)
+    head0 = group * (num_heads // groups)
     line = diagonal * mask_heads + head0 % mask_heads
     diagonal += first_diagonal
     row_tiles = tl.cdiv(N, TILE)
@@ -222,7 +226,6 @@ def relative_grad_kernel(
             for bucket in range(least, least + width + 1):
                 total = tl.sum(tl.where(buckets == bucket, ds, 0.0))
                 time_sums += tl.where(tl.arange(0, BUCKETS) == bucket, total, 0.0)
-    program = tl.program_id(0).to(tl.int64)
     if time_ptr is not None:
         tl.store(time_ptr + program * BUCKETS + tl.arange(0, BUCKETS), time_sums * scale)
     if position_ptr is not None:
@@ -300,7 +303,7 @@ def relative_bias_grads(
             relative_grad_kernel,
             call.q,
             diagonals * groups * parts,
-            tile,
+            tile if groups == heads else tile._replace(num_warps=8),  # between heads it holds ds and buckets
             position_ptr=sums[0],
             time_ptr=sums[1],
             **lists,

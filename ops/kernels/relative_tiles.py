@@ -61,7 +61,7 @@ def apart(row_time, col_time, SYMMETRIC: tl.constexpr):
 @triton.jit
 def narrowed(low, half, boundaries, difference):
     """The bucket is at least `low`; whether it is at least `half` more."""
-    boundary = tl.load(boundaries + (low + (half - 1)))
+    boundary = tl.load(boundaries + (half - 1) + low)  # one address for all cells, and an offset of each
     return tl.where(boundary <= difference, low + half, low)
 
 
