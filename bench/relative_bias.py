@@ -66,6 +66,7 @@ def attention(kind: str, given: Inputs, q: Tensor, k: Tensor, v: Tensor, positio
 
 def measured(kind: str, given: Inputs, device: torch.device) -> dict[str, float]:
     """Milliseconds of the GPU: forward, backward, and backward with the gradients of the tables."""
+    torch.compiler.reset()  # one code for all kinds: past Dynamo's limit of recompiles they would run eager
     function: Callable[..., Tensor] = torch.compile(lambda *leaves: attention(kind, given, *leaves))
     found = {}
     for what, with_tables in (("backward", False), ("with tables", kind != "no bias")):
