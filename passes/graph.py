@@ -1,6 +1,7 @@
 """What every pass needs of an FX graph: constants, gradients, new nodes with metadata, removal of dead ones."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -182,6 +183,24 @@ def copied_before(node: fx.Node, before: fx.Node) -> fx.Node:
         return copies[n]
 
     return copy(node)
+
+
+def insert_constant(before: fx.Node, tensor: torch.Tensor) -> fx.Node:
+    """A tensor that is known now, as a node before another one."""
+    with before.graph.inserting_before(before):
+        node = before.graph.get_attr(own(before.graph, tensor))
+    mode = value(before).fake_mode
+    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def own(graph: fx.Graph, tensor: torch.Tensor) -> str:
+    """The name under which a graph's module holds a tensor from now on."""
+    module = graph.owning_module
+    assert module is not None
+    name = next(name for k in itertools.count() if not hasattr(module, name := f"_tensor_constant{k}"))
+    module.register_buffer(name, tensor, persistent=False)
+    return name
 
 
 @contextlib.contextmanager

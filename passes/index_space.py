@@ -152,8 +152,13 @@ class IndexSpace:
                 raise
             except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise NotUnderstood(f"{node.target} was not understood ({error}) at {source_line(node)}") from error
-            self._values[key] = coords, result.to(node.meta["val"].dtype)
+            self._values[key] = coords, self.held(node, result)
         return self._values[key][1]
+
+    def held(self, node: fx.Node, value: Tensor) -> Tensor:
+        """What is kept of a node's value."""
+        dtype = node.meta["val"].dtype
+        return value if value.dtype == dtype else value.to(dtype)
 
     def new_axis(self, size: int, coords: Coords, count: int = 1) -> Tensor:
         """Coordinates 0..size-1 along a new leading dimension, the `count`-th before those of `coords`."""
