@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 MOST_PIECES = 4  # a triangle has two, a band three
+SMALL = 64  # of so many entries each may be a piece
 
 _OFFER = "hstu_compile_content"
 
@@ -67,7 +68,7 @@ def content_of(tensor: Tensor) -> Content | None:
     pieces: list[tuple[int, float, float]] = []
     begin = 0
     while begin < len(values):
-        if len(pieces) == MOST_PIECES:
+        if len(pieces) == MOST_PIECES and len(values) > SMALL:
             return None
         rest = values[begin:]
         slope = (rest[1] - rest[0]).item() if len(rest) > 1 else 0

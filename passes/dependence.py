@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from hstu_compile.passes.bias_terms import Cell, Term
-from hstu_compile.passes.graph import aten, is_call, is_floating, is_parameter, is_tensor, value
+from hstu_compile.passes.graph import aten, is_call, is_floating, is_tensor, number, value
 from hstu_compile.passes.index_space import IndexSpace, arguments, is_understood, op_name, operands
 from hstu_compile.passes.index_space_ops import VIEWS, ZERO, Coords
 from hstu_compile.passes.mask_inputs import Expression, assignments
@@ -31,7 +31,7 @@ KEEPING = {
 
 
 class _Unread:
-    """Nodes at which an expression ends: inputs, what is not understood, and what a gradient must not pass unseen."""
+    """Nodes at which an expression ends: inputs, and what is not understood."""
 
     def __init__(self, cut: Collection[fx.Node]) -> None:
         self._cut = cut
@@ -40,35 +40,40 @@ class _Unread:
         assert isinstance(node, fx.Node)
         if node in self._cut or not is_understood(node):
             return True
-        if not is_floating(node):
-            return False
-        if is_call(node, aten.embedding.default):
-            named = arguments(node)
-            return named["padding_idx"] != -1 or named["scale_grad_by_freq"] or named["sparse"]
-        return is_call(node, aten.detach.default, aten.detach_.default) or node.op == "get_attr" and is_parameter(node)
+        return node.op == "get_attr" and is_floating(node) and number(node) is None
 
 
 def expression(term: Term, *more: fx.Node, cut: Collection[fx.Node] = ()) -> Expression:
     """The part of the graph that computes a term (and more); it ends at `cut`, and wherever it can't be followed."""
     batch = term.sizes["b"]
-    return Expression([term.node, *more], batch, _Unread({*cut, *_ends(term.node, batch)}))
+    return Expression([term.node, *more], batch, _Unread({*cut, *followed(term.node, batch)[1]}))
 
 
-def _ends(root: fx.Node, batch: Any) -> set[fx.Node]:
-    """Where numbers that come from inputs pass through a function in which they may get lost: one that saturates."""
-    ends: set[fx.Node] = set()
+def followed(root: fx.Node, batch: Any) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The calls through which a term's numbers come from inputs, and those at which they can't be followed further:
+    a function in which they may get lost, as one that saturates does, or one with a gradient of its own."""
+    through, ends = set[fx.Node](), set[fx.Node]()
     unread, seen, todo = _Unread(()), {root}, [root]
     while todo:
         node = todo.pop()
         if not is_floating(node) or node in unread:
             continue
-        if op_name(node) in KEEPING or node.target is operator.getitem:
+        if (op_name(node) in KEEPING and not _has_own_gradient(node)) or node.target is operator.getitem:
+            through.add(node)
             new = [operand for operand in operands(node) if operand not in seen]
             seen.update(new)
             todo += new
         elif Expression([node], batch, unread).leaves:
             ends.add(node)
-    return ends
+    return through, ends
+
+
+def _has_own_gradient(node: fx.Node) -> bool:
+    """Whether the gradient is not that of the same numbers read one by one."""
+    if is_call(node, aten.embedding.default):
+        named = arguments(node)
+        return named["padding_idx"] != -1 or named["scale_grad_by_freq"] or named["sparse"]
+    return is_call(node, aten.detach.default, aten.detach_.default)
 
 
 def data(term: Term, read: Expression) -> list[fx.Node]:

@@ -147,6 +147,16 @@ def may_require_grad(node: fx.Node) -> bool:
     return False
 
 
+def grad_modes(graph: fx.Graph) -> dict[fx.Node, Any]:
+    """The grad mode in which each node runs, if the graph is called in the one that is set now."""
+    modes, mode = {}, torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            mode = node.args[0]
+        modes[node] = mode
+    return modes
+
+
 def is_parameter(node: fx.Node) -> bool:
     """A weight of the model, not something computed from the batch."""
     if node.op == "get_attr":
@@ -189,9 +199,8 @@ def insert_constant(before: fx.Node, tensor: torch.Tensor) -> fx.Node:
     """A tensor that is known now, as a node before another one."""
     with before.graph.inserting_before(before):
         node = before.graph.get_attr(own(before.graph, tensor))
-    mode = value(before).fake_mode
-    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-    return node
+    node.meta["val"] = value(before).fake_mode.from_tensor(tensor, static_shapes=True)
+    return insert_call(before.graph, before, aten.lift_fresh_copy.default, (node,), like=before)  # as torch.tensor does
 
 
 def own(graph: fx.Graph, tensor: torch.Tensor) -> str:

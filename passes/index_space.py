@@ -150,7 +150,7 @@ class IndexSpace:
                 result = self._evaluate(node, coords)
             except NotUnderstood:
                 raise
-            except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
                 raise NotUnderstood(f"{node.target} was not understood ({error}) at {source_line(node)}") from error
             self._values[key] = coords, self.held(node, result)
         return self._values[key][1]
@@ -222,7 +222,7 @@ def _constant(node: fx.Node) -> Tensor:
         value = getattr(value, name)
     if isinstance(value, torch.nn.Parameter) or not isinstance(value, Tensor):
         raise ValueError("a parameter's value is not known here")
-    return value.detach().cpu()
+    return value.detach().to(torch.get_default_device())
 
 
 def refuse_if_written(node: fx.Node) -> None:

@@ -6,7 +6,6 @@ row - column is the same. In the graph it is then evaluated at one cell of each 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,14 +27,14 @@ def read(term: Term, before: fx.Node) -> fx.Node:
     if reason is not None:
         raise NotUnderstood(reason)
     inside, device = expression(term), value(term.node).device
-    n: Any = term.sizes["i"]
-    heads = heads_of(term)
 
     def build(space: MakeSpace, given: Sequence[Tensor]) -> Tensor:
+        here = space({})
+        n, heads = here.scalar(term.sizes["i"]), here.scalar(heads_of(term))
         difference = whole(2 * n - 1, 1, 2, device) - (n - 1)
         cell = {"b": ZERO, "i": difference.clamp(min=0), "j": (-difference).clamp(min=0)}
         cell["h"] = whole(heads, 0, 2, device) if heads is not None else ZERO
-        return term.value(space({}), cell).expand(1 if heads is None else heads, 2 * n - 1)
+        return term.value(here, cell).expand(1 if heads is None else heads, 2 * n - 1)
 
     return relocated(inside, (), build, device, before, term.node)
 

@@ -16,8 +16,8 @@ from hstu_compile.passes.attention_operands import Layout
 from hstu_compile.passes.attention_scores import Bias
 from hstu_compile.passes.attention_weights import names
 from hstu_compile.passes.bias_terms import Term, split
-from hstu_compile.passes.dependence import expression
-from hstu_compile.passes.graph import aten, insert_call, insert_constant
+from hstu_compile.passes.dependence import expression, followed
+from hstu_compile.passes.graph import aten, erase_dead, grad_modes, insert_call, insert_constant
 from hstu_compile.passes.index_space_ops import NotUnderstood
 from hstu_compile.passes.position_bias import heads_of, tables
 from hstu_compile.passes.time_bias import TimeTerm
@@ -51,16 +51,21 @@ class _Reading:
         heads = 1 if region.head is None else region.head.size
         self.region, self.before = region, region.before
         self.sizes = {"b": batch, "h": heads, "i": region.row.size, "j": region.column.size}
+        self.modes = grad_modes(self.before.graph)
         self.positions: list[tuple[fx.Node, float]] = []  # with what they are multiplied by
-        self.times: list[tuple[TimeTerm, float]] = []
+        self.times: list[tuple[TimeTerm, fx.Node, float]] = []  # with their tables
         self.rest: list[Bias] = []
         self.words: list[str] = []
 
     def place(self, part: Bias) -> None:
         """Put a term where it belongs."""
         term = Term(part.node, names(self.region, part.dims), self.sizes)
-        reasons = [f"it is multiplied by {part.factors[0].node.name}"] if part.factors else []
-        for attempt in () if part.factors else (self._by_position, self._by_time):
+        reasons = []
+        if part.factors:
+            reasons.append(f"it is multiplied by {part.factors[0].node.name}")
+        elif any(self.modes[node] != self.modes[self.before] for node in followed(part.node, term.sizes["b"])[0]):
+            reasons.append("it is computed in another grad mode than the attention")
+        for attempt in () if reasons else (self._by_position, self._by_time):
             try:
                 self.words.append(attempt(term, part.scale))
                 return
@@ -77,7 +82,8 @@ class _Reading:
         found = time_bias.read(term, self.before)
         if self.times and not found.goes_with(self.times[0][0]):
             raise NotUnderstood("it is a second bias by time, of other differences")
-        self.times.append((found, scale))
+        table = time_bias.table(found, found.steps.boundaries, self.before)
+        self.times.append((found, table, scale))
         size = "|{}|" if found.steps.symmetric else "{}"
         apart = size.format(found.difference.node.name)
         return f"time bias of {len(found.steps.values)} buckets of {apart} from {_tables(term)}"
@@ -89,9 +95,12 @@ class _Reading:
         position = _sum(self.positions, before)
         arguments: Arguments = (position, None, None, None, None, False)
         if self.times:
-            first = self.times[0][0]
-            boundaries = time_bias.boundaries([term for term, _ in self.times])
-            tables = [(time_bias.table(term, boundaries, before), scale) for term, scale in self.times]
+            first, boundaries = self.times[0][0], self.times[0][0].steps.boundaries
+            tables = [(table, scale) for _, table, scale in self.times]
+            if len(tables) > 1:
+                erase_dead(table for table, _ in tables)
+                boundaries = time_bias.boundaries([term for term, _, _ in self.times])
+                tables = [(time_bias.table(term, boundaries, before), scale) for term, _, scale in self.times]
             arguments = (
                 *(position, _sum(tables, before), first.row_times, first.col_times),
                 *(insert_constant(before, boundaries), first.steps.symmetric),

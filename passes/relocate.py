@@ -6,14 +6,17 @@ What is read where is worked out by the very handlers with which the expression 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from hstu_compile.passes.contents import assume
 from hstu_compile.passes.graph import aten, insert_call, is_tensor, own, value
-from hstu_compile.passes.index_space import IndexSpace, is_scalar
+from hstu_compile.passes.index_space import IndexSpace, is_scalar, symbols_of
 from hstu_compile.passes.index_space_ops import Coords, NotUnderstood
 from hstu_compile.passes.mask_inputs import Expression
 
@@ -21,13 +24,19 @@ Leaves = Mapping[fx.Node, Callable[[Coords], Tensor]]
 
 
 class Symbolic(IndexSpace):
-    """The index space in which sizes stay what they are in the graph."""
+    """The index space in which sizes stay what they are in the graph: arithmetic on its symbols."""
+
+    def __init__(self, symbols: dict[Any, Any], leaves: Leaves) -> None:
+        super().__init__({}, leaves, rank=2)
+        self._sizes = symbols
 
     def scalar(self, value: Any) -> Any:
         value = value.meta["val"] if isinstance(value, fx.Node) else value
         if isinstance(value, Tensor):
             raise NotUnderstood("a number that is read from a tensor")
-        return value
+        if not symbols_of(value):
+            return super().scalar(value)
+        return sympy_interp(PythonReferenceAnalysis, self._sizes, value.node.expr)
 
 
 MakeSpace = Callable[[Leaves], Symbolic]
@@ -48,28 +57,47 @@ def relocated(
     """
     known = [node for node in read.nodes if is_tensor(node) and not node.all_input_nodes]  # buffers and constants
     leaves = list(dict.fromkeys([*(leaf for leaf in read.leaves if is_tensor(leaf)), *known]))
-    scalars = [n for n in (*read.nodes, *read.leaves) if is_scalar(n) and isinstance(value(n), torch.SymInt)]
-    inputs = [*leaves, *given, *scalars]
+    symbols = _symbols(before)
+    inputs = [*leaves, *given, *symbols.values()]
 
-    def traced(*tensors: Any) -> Tensor:
-        held = dict(zip(leaves, tensors, strict=False))
-
-        def space(others: Leaves) -> Symbolic:
-            readers = {leaf: _reader(tensor) for leaf, tensor in held.items()}
-            return Symbolic({}, {**readers, **others}, rank=2)
-
-        return build(space, tensors[len(leaves) : len(leaves) + len(given)])
+    def traced(*held: Any) -> Tensor:
+        own = iter(held)
+        readers = {leaf: _reader(tensor) for leaf, tensor in zip(leaves, own, strict=False)}
+        others = [next(own) for _ in given]
+        sizes = dict(zip(symbols, own, strict=True))
+        return build(lambda more: Symbolic(sizes, {**readers, **more}), others)
 
     mode = next(value(node).fake_mode for node in inputs if is_tensor(node))
     with mode, torch.device(device), _real_constants(mode):
         try:
             gm = make_fx(traced, pre_dispatch=True)(*map(value, inputs))
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
             raise NotUnderstood(f"{like.name} can't be read elsewhere: {error}") from error
     gm.graph.eliminate_dead_code()
     for buffer in read.buffers:
         assume(buffer)
     return _copied(gm, inputs, device, before, like)
+
+
+def _symbols(before: fx.Node) -> dict[sympy.Symbol, fx.Node]:
+    """A node for every symbol of the graph that is known there."""
+    found: dict[sympy.Symbol, fx.Node] = {}
+
+    for node in list(before.graph.nodes):
+        if node is before:
+            break
+        if is_scalar(node) and _symbol(value(node)) not in (None, *found):
+            found[value(node).node.expr] = node
+        for dim, size in enumerate(value(node).shape if is_tensor(node) else ()):
+            if _symbol(size) not in (None, *found):
+                call = aten.sym_size.int
+                found[size.node.expr] = insert_call(before.graph, before, call, (node, dim), like=before)
+    return found
+
+
+def _symbol(size: Any) -> sympy.Symbol | None:
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return expression if isinstance(expression, sympy.Symbol) else None
 
 
 class _real_constants:

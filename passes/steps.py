@@ -155,6 +155,8 @@ def _bisected(function: Function, keys: _Keys) -> tuple[Tensor, Tensor]:
         at = function(middle)
         low, high = torch.cat([low, middle]), torch.cat([middle, high])
         at_low, at_high = torch.cat([at_low, at]), torch.cat([at, at_high])
+    if sum(map(len, found)) > MOST:
+        raise NotUnderstood(f"it has more than {MOST} steps")
     order = torch.cat(found).argsort()
     places, values = torch.cat(found)[order], torch.cat([least, torch.cat(after)[order]])
     for side in (values[: int((places < 0).sum()) + 1], values[int((places < 0).sum()) + 1 :]):

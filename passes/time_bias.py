@@ -81,8 +81,11 @@ def read(term: Term, before: fx.Node) -> TimeTerm:
         found = space.value(lookup.index, (ZERO,) * len(shape(lookup.index)))
         return found.expand(differences.shape).long()
 
-    with torch.device(device):
-        bucketed = steps(at, dtype, device)
+    try:
+        with torch.device(device):
+            bucketed = steps(at, dtype, device)
+    except (RuntimeError, AssertionError) as error:  # there may be no such device where the graph is compiled
+        raise NotUnderstood(f"its bucket can't be evaluated on {device}: {error}") from error
     rows, columns = (
         _times(term, difference, part, axis, before) for part, axis in ((difference.row, "i"), (difference.col, "j"))
     )
@@ -93,13 +96,14 @@ def _times(term: Term, difference: Difference, part: fx.Node, axis: str, before:
     """[B|1, N], an operand of the difference, in its dtype."""
     node, by_batch = difference.node, difference.by_batch
     inside, device, dtype = expression(term, part, cut={node}), value(part).device, value(node).dtype
-    sizes = term.sizes["b"] if by_batch else 1, term.sizes["i"]
 
     def build(space: MakeSpace, given: Sequence[Tensor]) -> Tensor:
+        here = space({})
+        sizes = here.scalar(term.sizes["b"]) if by_batch else 1, here.scalar(term.sizes["i"])
         cell = {**dict.fromkeys("bhij", ZERO), axis: whole(sizes[1], 1, 2, device)}
         if by_batch:
             cell["b"] = whole(sizes[0], 0, 2, device)
-        return _operand(term, node, part, space({}), space, cell).to(dtype).expand(sizes)
+        return _operand(term, node, part, here, space, cell).to(dtype).expand(sizes)
 
     return relocated(inside, (), build, device, before, part)
 
