@@ -57,7 +57,9 @@ def misfit(term: Term) -> str | None:
                 first = {"b": ZERO, "h": cell["h"], "i": (i - j).clamp(min=0), "j": (j - i).clamp(min=0)}
                 at = first_difference(term.value(space, cell), term.value(space, first), cell)
                 if at is not None:
-                    return f"it is not the same along the diagonals: row {at[0]}, column {at[1]} differs"
+                    ends = [leaf.name for leaf in read.leaves if leaf.op == "call_function" and is_tensor(leaf)]
+                    unseen = f" (what {', '.join(ends)} is made of is not followed)" if ends else ""
+                    return f"it is not the same along the diagonals: row {at[0]}, column {at[1]} differs{unseen}"
     return None
 
 

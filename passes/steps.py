@@ -114,8 +114,8 @@ class _Keys:
         near = torch.arange(-NEAR, NEAR + 1, device=self.device)
         around = torch.cat([steps, -steps]).view(-1, 1).clamp(self.least + NEAR, self.greatest - NEAR) + near
         top = int(self.greatest)
-        anywhere = torch.randint(top, (RANDOM,), generator=dice)
-        scales = torch.randint(top.bit_length(), (RANDOM,), generator=dice)
+        anywhere = torch.randint(top, (RANDOM,), generator=dice, device="cpu")
+        scales = torch.randint(top.bit_length(), (RANDOM,), generator=dice, device="cpu")
         anywhere = torch.cat([anywhere >> scales, -(anywhere >> scales), anywhere, -anywhere]).to(self.device)
         small = torch.arange(-DENSE, DENSE + 1, device=self.device)
         numbers = self.number(torch.cat([small, around.flatten(), anywhere, self.least, self.greatest]))

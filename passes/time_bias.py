@@ -72,6 +72,8 @@ def read(term: Term, before: fx.Node) -> TimeTerm:
     index = expression(replace(term, node=lookup.index))
     difference = _difference(term, list(index.nodes))
     device, dtype = value(difference.node).device, value(difference.node).dtype
+    if device != value(before).device:
+        raise NotUnderstood(f"the times are on {device}")
 
     symbols = assigned(term, whole_term)[0]
 
@@ -103,7 +105,7 @@ def _times(term: Term, difference: Difference, part: fx.Node, axis: str, before:
         cell = {**dict.fromkeys("bhij", ZERO), axis: whole(sizes[1], 1, 2, device)}
         if by_batch:
             cell["b"] = whole(sizes[0], 0, 2, device)
-        return _operand(term, node, part, here, space, cell).to(dtype).expand(sizes)
+        return _operand(term, node, part, here, space, cell).detach().to(dtype).expand(sizes)
 
     return relocated(inside, (), build, device, before, part)
 

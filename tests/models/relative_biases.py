@@ -223,7 +223,7 @@ def bucket_that_rows_shift(m, times, n):
     return m.near[(gap // 500).clamp(max=8) + place_of(times, n)[:, None]][:, None]
 
 
-@stays("not the same along the diagonals")
+@stays("(what embedding is made of is not followed)")
 def padding_of_an_embedding(m, times, n):
     place = place_of(times, n)
     return m.padded((place[:, None] - place).abs().clamp(max=8)).squeeze(-1)
@@ -240,3 +240,9 @@ def without_a_gradient(m, times, n):
 def bucket_by_the_length(m, times, n):
     gap = (times[:, :, None] - times[:, None, :]).abs()
     return m.near[(gap // 500).clamp(max=n)][:, None]
+
+
+@recognised("time bias")
+def times_with_a_gradient(m, times, n):
+    hours = times.double() * m.scale.double() / 3600
+    return m.ages[(hours[:, :, None] - hours[:, None]).abs().clamp(max=8).long()][:, None]
