@@ -55,7 +55,7 @@ def relocated(
     read: the expression that is evaluated; it ends at its leaves, which are read at coordinates.
     build(space, tensors): gets a function that makes the space for it, and the tensors of the nodes in `given`.
     """
-    known = [node for node in read.nodes if is_tensor(node) and not node.all_input_nodes]  # buffers and constants
+    known = [node for node in read.nodes if is_tensor(node) and node.op in ("placeholder", "get_attr")]
     leaves = list(dict.fromkeys([*(leaf for leaf in read.leaves if is_tensor(leaf)), *known]))
     symbols = _symbols(before)
     inputs = [*leaves, *given, *symbols.values()]
@@ -67,7 +67,7 @@ def relocated(
         sizes = dict(zip(symbols, own, strict=True))
         return build(lambda more: Symbolic(sizes, {**readers, **more}), others)
 
-    mode = next(value(node).fake_mode for node in inputs if is_tensor(node))
+    mode = value(before).fake_mode
     with mode, torch.device(device), _real_constants(mode):
         try:
             gm = make_fx(traced, pre_dispatch=True)(*map(value, inputs))

@@ -137,10 +137,9 @@ def table(found: TimeTerm, boundaries: Tensor, before: fx.Node) -> fx.Node:
     inside = (known >= least) & (known < lookup.entries)
     index = insert_constant(before, torch.where(inside, known, 0).to(value(lookup.index).dtype).view(1, -1))
     fits = () if inside.all() else (insert_constant(before, inside.view(1, -1)),)
-    heads = heads_of(term)
 
     def build(space: MakeSpace, given: Sequence[Tensor]) -> Tensor:
-        cell = dict.fromkeys("bhij", ZERO)
+        heads, cell = space({}).scalar(heads_of(term)), dict.fromkeys("bhij", ZERO)
         if heads is not None:
             cell["h"] = whole(heads, 0, 2, given[0].device)
         result = term.value(space({lookup.index: lambda coords: given[0]}), cell)
