@@ -1,5 +1,6 @@
 """Relative biases: what of them goes into the op, the numbers, and that no [B, N, N] tensor is left."""
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -12,17 +13,19 @@ from hstu_compile.passes import attention
 from hstu_compile.passes.index_space_ops import NotUnderstood
 from hstu_compile.passes.report import Report
 from hstu_compile.passes.steps import DTYPES, steps
+from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
 from tests.models import MODELS
 from tests.models.relative_biases import FROM_BUFFERS, LONGEST, RECOGNISED, TENSORS, Biased
-from tests.test_attention_pass import ATTENTION, Rewriter, assert_same_numbers
+from tests.test_attention_pass import ATTENTION, Rewriter, assert_same_numbers, converted, values_and_gradients
 from tests.without_codegen import Compiled, inductor_without_codegen
 
 INT = torch.iinfo(torch.int64)
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> None:
+def the_same_each_time() -> None:
     torch._dynamo.reset()
+    torch.manual_seed(0)  # the error of a gradient of few numbers is chance
 
 
 def arguments(batch: int, n: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,8 +83,22 @@ def test_a_bias_that_stays_a_tensor(name: str) -> None:
 def test_another_length_does_not_compile_again(name: str) -> None:
     model, rewriter = Biased(RECOGNISED[name][0]), Rewriter()
     compiled = torch.compile(model, backend=rewriter, dynamic=True)
-    for batch, n in ((3, 11), (4, 9), (5, LONGEST - 1)):
-        assert_same_numbers(model, compiled, arguments(batch, n, seed=n))
+    double, pooled = copy.deepcopy(model).double(), []
+    for batch, n in (
+        (3, 11),
+        (4, 9),
+        (5, LONGEST - 1),
+        (6, 12),
+        (9, 13),
+    ):  # bad luck is gone in the maximum of more draws
+        given = arguments(batch, n)
+        runs = (compiled, given), (model, given), (double, converted(given, torch.float64))
+        outs = [values_and_gradients(double if call is double else model, call, args) for call, args in runs]
+        pooled.append([torch.cat([t.flatten() for t in values]) for values, _ in outs])
+        pooled[-1] += [torch.cat([t.flatten() for t in grads]) for _, grads in outs]
+    ours, eager, exact, *gradients = (torch.cat(parts) for parts in zip(*pooled, strict=True))
+    assert_within_budget(ours, eager, exact, FORWARD)
+    assert_within_budget(*gradients, BACKWARD, "gradients")
     assert len(rewriter.graphs) == 1
     assert "bias tensor" not in rewriter.said(), rewriter.said()
 
