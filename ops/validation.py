@@ -209,8 +209,8 @@ def _check_table(name: str, table: Tensor, num_heads: int, size: int, words: str
 
 def _check_sizes(name: str, t: Tensor, lead: int, size: int, wanted: str) -> None:
     if not _is(t.shape[0], 1):
-        _same(t.shape[0], lead, f"the shape of {name}", tuple(t.shape), lambda: wanted)
-    _same(t.shape[1], size, f"the shape of {name}", tuple(t.shape), lambda: wanted)
+        expect_same(t.shape[0], lead, f"the shape of {name}", tuple(t.shape), lambda: wanted)
+    expect_same(t.shape[1], size, f"the shape of {name}", tuple(t.shape), lambda: wanted)
 
 
 def _is(size: int, number: int) -> bool:
