@@ -49,7 +49,7 @@ def gated_silu_attention(
         x: [T, W] (jagged) or [B, N, W] (dense), any strides. q, k and v are slices of silu(x), u is the rest of x.
         q, k, v: as in `hstu_attention`; for autograd they are functions of x that this op differentiates.
         weight, bias, seed: as in `norm_gate_dropout`.
-        attention: all of `hstu_attention.PARAMETERS`. No bias is given; attn_mask comes with its mask_tile_states.
+        attention: all of `hstu_attention.PARAMETERS`. attn_bias is None; attn_mask comes with its mask_tile_states.
         columns: u_at, q_at, k_at, v_at, of x, at which the slices begin. A slice has its columns in one piece.
         gate: all of `norm_gate_dropout.PARAMETERS`; the activation is applied to u as it is in x, before silu.
 

@@ -11,9 +11,6 @@ from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_composite, save_inputs, saved_inputs
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
 from hstu_compile.ops.mask_tile_states import GRAIN
-from hstu_compile.ops.relative_bias import PARAMETERS as RELATIVE_BIAS
-from hstu_compile.ops.relative_bias import SCHEMA as RELATIVE_BIAS_SCHEMA
-from hstu_compile.ops.relative_bias import RelativeBias
 from hstu_compile.ops.validation import check_attention_arguments, check_attention_values, checks_values
 
 # Everything after q, k, v. The order is the op's contract with the passes.
@@ -24,7 +21,6 @@ PARAMETERS = (
     "num_contextuals",
     "attn_mask",
     "attn_bias",
-    *RELATIVE_BIAS,
     "mask_tile_states",
     "max_seq_len",
     "alpha",
@@ -36,23 +32,21 @@ PARAMETERS = (
     "min_full_attn_seq_len",
     "targets_share_position",
 )
-ATTN_MASK, MASK_TILE_STATES = (3 + PARAMETERS.index(name) for name in ("attn_mask", "mask_tile_states"))
-BIASES = tuple(3 + PARAMETERS.index(name) for name in ("attn_bias", "position_bias", "time_bias"))  # with a gradient
+ATTN_MASK, ATTN_BIAS, MASK_TILE_STATES = (
+    3 + PARAMETERS.index(name) for name in ("attn_mask", "attn_bias", "mask_tile_states")
+)
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? seq_offsets, Tensor? seq_lengths, Tensor? num_targets, "
-    f"Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, {RELATIVE_BIAS_SCHEMA}, "
-    "Tensor? mask_tile_states, SymInt max_seq_len, float alpha, Scalar scaling_seq_len, bool causal, "
-    "SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, SymInt min_full_attn_seq_len, "
-    "bool targets_share_position"
+    "Tensor? num_contextuals, Tensor? attn_mask, Tensor? attn_bias, Tensor? mask_tile_states, SymInt max_seq_len, "
+    "float alpha, Scalar scaling_seq_len, bool causal, SymInt contextual_seq_len, SymInt target_group_size, "
+    "SymInt max_attn_len, SymInt min_full_attn_seq_len, bool targets_share_position"
 )
-NEEDS = ("needs_bias_grad", "needs_position_bias_grad", "needs_time_bias_grad")
 torch.library.define("hstu_compile::hstu_attention", f"({SCHEMA}) -> Tensor")
 torch.library.define("hstu_compile::hstu_attention_forward", f"({SCHEMA}) -> Tensor")
 torch.library.define(
     "hstu_compile::hstu_attention_backward",
-    f"(Tensor dout, {SCHEMA}, {', '.join(f'bool {name}' for name in NEEDS)}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, {SCHEMA}, bool needs_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -67,12 +61,6 @@ def hstu_attention(
     num_contextuals: Tensor | None = None,
     attn_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    row_times: Tensor | None = None,
-    col_times: Tensor | None = None,
-    time_boundaries: Tensor | None = None,
-    time_symmetric: bool = False,
     max_seq_len: int,
     alpha: float,
     scaling_seq_len: float,
@@ -83,7 +71,7 @@ def hstu_attention(
     min_full_attn_seq_len: int = 0,
     targets_share_position: bool = False,
 ) -> Tensor:
-    """silu(alpha * q kT + bias) / scaling_seq_len * mask @ v, per sequence and head; no softmax.
+    """silu(alpha * q kT + attn_bias) / scaling_seq_len * mask @ v, per sequence and head; no softmax.
 
     Zhai et al., "Actions Speak Louder than Words", arXiv:2402.17152. The mask family is `ops/attention_mask.py`.
 
@@ -98,13 +86,6 @@ def hstu_attention(
         num_contextuals: [B], the contextual tokens at the start of each; or `contextual_seq_len`, the same for all.
         attn_mask: [B|1, H|1, N, N], bool or a number that multiplies the attention weight (not differentiable).
         attn_bias: [B|1, H|1, N, N], added to the scaled scores, differentiable. N = max_seq_len, also when jagged.
-        position_bias: [H|1, 2N - 1], floating point, any strides, differentiable. To the scaled score of row i and
-            column j position_bias[h, N - 1 + i - j] is added.
-        time_bias: [H|1, K + 1], the same: time_bias[h, bucket(row_times[b, i] - col_times[b, j])]. bucket(d) is
-            the number of time_boundaries <= d (of |d|, if time_symmetric; see `relative_bias` for what wraps around).
-        row_times, col_times: [B|1, N], any strides, int32, int64, fp32 or fp64; also when jagged. What lies beyond a
-            sequence is never read.
-        time_boundaries: [K], never decreasing, the dtype of the times.
         max_seq_len: at least the longest sequence (it bounds the launch); N when dense.
         alpha: multiplies q kT.
         scaling_seq_len: the divisor.
@@ -126,12 +107,6 @@ def hstu_attention(
         num_contextuals,
         attn_mask,
         attn_bias,
-        position_bias,
-        time_bias,
-        row_times,
-        col_times,
-        time_boundaries,
-        time_symmetric,
         None,  # mask_tile_states
         max_seq_len,
         alpha,
@@ -157,12 +132,9 @@ def _forward_fake(q, k, v, *args):
 
 @torch.library.register_fake("hstu_compile::hstu_attention_backward")
 def _backward_fake(dout, q, k, v, *args):
-    biases = (args[at - 3] for at in BIASES)
-    grads = [
-        q.new_empty(0) if bias is None or not needed else bias.new_empty(bias.shape)
-        for bias, needed in zip(biases, args[-3:], strict=True)
-    ]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *grads
+    attn_bias, needs_bias_grad = args[PARAMETERS.index("attn_bias")], args[-1]
+    dbias = q.new_empty(0) if not needs_bias_grad or attn_bias is None else attn_bias.new_empty(attn_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def checked_attention_kernel(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> ModuleType | None:
@@ -179,22 +151,20 @@ _kinds = Kinds(checked_attention_kernel)
 def attention_features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
     jagged without mask tensor, but for T, and without bias B and N (of which it matters that all arguments agree)."""
-    seq_offsets, attn_mask, max_seq_len = args[0], args[4], args[13]
+    seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[7]
     shape = q.shape
     tokens, batch = shape[:1], 0
     sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
     if seq_offsets is not None and attn_mask is None:
         sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), max_seq_len)
-        if args[5] is None and args[6] is None and args[7] is None:
+        if attn_bias is None:
             batch = seq_offsets.numel()
             sizes = (*sizes[:2], batch > 0, max_seq_len >= 0)
     per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]
-    cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:11]]
-    states = None if args[12] is None else (args[12].dtype, args[12].get_device(), args[12].shape, args[12].stride())
+    cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:7]]
     return (
         sizes, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), shape[1:], k.shape[1:],
-        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, args[11], states, *args[14:],
-        kernel_table.forced,
+        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[8:], kernel_table.forced,
     )  # fmt: skip
 
 
@@ -204,8 +174,6 @@ def for_kernel(named: dict) -> dict:
         from hstu_compile.ops.kernels.mask_occupancy import TiledMask
 
         named["attn_mask"] = TiledMask(named["attn_mask"], states, GRAIN)
-    relative_bias = RelativeBias(*(named.pop(name) for name in RELATIVE_BIAS))
-    named["relative_bias"] = relative_bias if relative_bias.is_given else None
     scaling_seq_len = named.pop("scaling_seq_len")
     named["scale"] = 1.0 / scaling_seq_len
     return named
@@ -229,16 +197,17 @@ def _forward(q, k, v, *args):
 
 @torch.library.impl("hstu_compile::hstu_attention_backward", ("CPU", "CUDA"))
 def _backward_impl(dout, q, k, v, *args):
-    args, needs = args[:-3], dict(zip(NEEDS, args[-3:], strict=True))
+    args, needs_bias_grad = args[:-1], args[-1]
     kind = _kinds.kind(attention_features(q, k, v, args), q, k, v, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
         named = for_reference(named)
-        grads = hstu_attention_backward_reference(dout, q, k, v, **needs, **named)
+        grads = hstu_attention_backward_reference(dout, q, k, v, needs_bias_grad=needs_bias_grad, **named)
     else:
         named = for_kernel(named)
-        grads = kind.kernel.backward(dout, q, k, v, memory=kind.memory, **needs, **named)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+        grads = kind.kernel.backward(dout, q, k, v, memory=kind.memory, needs_bias_grad=needs_bias_grad, **named)
+    dq, dk, dv, dbias = grads
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 class _Attention(torch.autograd.Function):
@@ -250,11 +219,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        needs = [ctx.needs_input_grad[at] for at in BIASES]
-        dq, dk, dv, *dbiases = torch.ops.hstu_compile.hstu_attention_backward(dout, *saved_inputs(ctx), *needs)
+        needs_bias_grad = ctx.needs_input_grad[ATTN_BIAS]
+        dq, dk, dv, dbias = torch.ops.hstu_compile.hstu_attention_backward(dout, *saved_inputs(ctx), needs_bias_grad)
         grads = [dq, dk, dv] + [None] * len(PARAMETERS)
-        for at, needed, dbias in zip(BIASES, needs, dbiases, strict=True):
-            grads[at] = dbias if needed else None
+        if needs_bias_grad:
+            grads[ATTN_BIAS] = dbias
         return tuple(grads)
 
 

@@ -12,12 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu_compile.ops.attention_mask import attention_mask
-from hstu_compile.ops.relative_bias import (
-    RelativeBias,
-    position_bias_grad_reference,
-    relative_bias_reference,
-    time_bias_grad_reference,
-)
 
 
 class PaddedSequences:
@@ -65,12 +59,6 @@ def hstu_attention_reference(
     seq_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    row_times: Tensor | None = None,
-    col_times: Tensor | None = None,
-    time_boundaries: Tensor | None = None,
-    time_symmetric: bool = False,
     max_seq_len: int,
     alpha: float = 1.0,
     scaling_seq_len: float = 1.0,
@@ -79,9 +67,7 @@ def hstu_attention_reference(
     """Arguments as in `hstu_compile.ops.hstu_attention`; differentiable by autograd."""
     rows = PaddedSequences(q, seq_offsets, seq_lengths, max_seq_len)
     qp, kp, vp = (rows.pad(t).to(compute_dtype(q)) for t in (q, k, v))
-    relative = RelativeBias(position_bias, time_bias, row_times, col_times, time_boundaries, time_symmetric)
-    biases = attn_bias, relative
-    s, weight = scores_and_weight(rows, qp, kp, alpha, scaling_seq_len, attn_mask, biases, mask_family)
+    s, weight = scores_and_weight(rows, qp, kp, alpha, scaling_seq_len, attn_mask, attn_bias, mask_family)
     p = F.silu(s) * weight
     return rows.unpad(torch.einsum("bhnm,bmhd->bnhd", p, vp)).to(q.dtype)
 
@@ -96,26 +82,16 @@ def hstu_attention_backward_reference(
     seq_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    time_bias: Tensor | None = None,
-    row_times: Tensor | None = None,
-    col_times: Tensor | None = None,
-    time_boundaries: Tensor | None = None,
-    time_symmetric: bool = False,
     max_seq_len: int,
     alpha: float = 1.0,
     scaling_seq_len: float = 1.0,
     needs_bias_grad: bool,
-    needs_position_bias_grad: bool = False,
-    needs_time_bias_grad: bool = False,
     **mask_family,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, dv and, if asked for, those of attn_bias, position_bias and time_bias (in their shapes)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and, if asked for, dbias (in the shape of attn_bias)."""
     rows = PaddedSequences(q, seq_offsets, seq_lengths, max_seq_len)
     qp, kp, vp, dop = (rows.pad(t).to(compute_dtype(q)) for t in (q, k, v, dout))
-    relative = RelativeBias(position_bias, time_bias, row_times, col_times, time_boundaries, time_symmetric)
-    biases = attn_bias, relative
-    s, weight = scores_and_weight(rows, qp, kp, alpha, scaling_seq_len, attn_mask, biases, mask_family)
+    s, weight = scores_and_weight(rows, qp, kp, alpha, scaling_seq_len, attn_mask, attn_bias, mask_family)
     sigmoid = torch.sigmoid(s)
     dv = torch.einsum("bhnm,bnhd->bmhd", s * sigmoid * weight, dop)
     dp = torch.einsum("bnhd,bmhd->bhnm", dop, vp)
@@ -123,13 +99,7 @@ def hstu_attention_backward_reference(
     dq = torch.einsum("bhnm,bmhd->bnhd", ds, kp) * alpha
     dk = torch.einsum("bhnm,bnhd->bmhd", ds, qp) * alpha
     dbias = ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype) if needs_bias_grad and attn_bias is not None else None
-    dposition = dtime = None
-    if needs_position_bias_grad and position_bias is not None:
-        dposition = position_bias_grad_reference(ds, position_bias)
-    if needs_time_bias_grad and time_bias is not None:
-        dtime = time_bias_grad_reference(ds, relative)
-    of_qkv = rows.unpad(dq).to(q.dtype), rows.unpad(dk).to(k.dtype), rows.unpad(dv).to(v.dtype)
-    return *of_qkv, dbias, dposition, dtime
+    return rows.unpad(dq).to(q.dtype), rows.unpad(dk).to(k.dtype), rows.unpad(dv).to(v.dtype), dbias
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -143,7 +113,7 @@ def scores_and_weight(
     alpha: float,
     scaling_seq_len: float,
     attn_mask: Tensor | None,
-    biases: tuple[Tensor | None, RelativeBias],
+    attn_bias: Tensor | None,
     mask_family: dict,
 ) -> tuple[Tensor, Tensor]:
     """alpha * q kT + bias (0 where dead) and mask / scaling_seq_len, both broadcastable to [B, H, N, N]."""
@@ -154,13 +124,8 @@ def scores_and_weight(
         weight = torch.where(live, attn_mask.to(q.dtype), zero)
         live = live & (attn_mask != 0)
     s = torch.einsum("bnhd,bmhd->bhnm", q, k) * alpha
-    attn_bias, relative = biases
-    bias = None if attn_bias is None else attn_bias.to(q.dtype)
-    if relative.is_given:
-        near = relative_bias_reference(relative, q.shape[1], q.dtype)
-        bias = near if bias is None else bias + near
-    if bias is not None:
-        s = torch.where(live, s + bias, zero)  # the bias of a dead cell may be NaN
+    if attn_bias is not None:
+        s = torch.where(live, s + attn_bias.to(q.dtype), zero)  # the bias of a dead cell may be NaN
     return s, weight / scaling_seq_len
 
 

@@ -92,7 +92,6 @@ def check_paged_values(
         num_targets=num_targets,
         num_contextuals=num_contextuals,
         attn_mask=None,
-        time_boundaries=None,
         mask_tile_states=None,
         max_seq_len=max_seq_len,
         contextual_seq_len=contextual_seq_len,

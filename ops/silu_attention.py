@@ -46,7 +46,7 @@ def silu_attention(
         u: [T, Wu] or [B, N, Wu].
         q, k, v: as in `hstu_attention`; for autograd they and u are functions of x that this op differentiates.
         u_at, q_at, k_at, v_at: the columns of x at which the slices begin. A slice has its columns in one piece.
-        attention: all of `hstu_attention.PARAMETERS`. No bias is given; attn_mask comes with its mask_tile_states.
+        attention: all of `hstu_attention.PARAMETERS`. attn_bias is None; attn_mask comes with its mask_tile_states.
 
     Returns:
         u (an alias of it), and the attention's output. The gradient of x is contiguous. In rows that belong to no
@@ -68,9 +68,8 @@ def _named(args: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
 def check_call(x: Tensor, q: Tensor, k: Tensor, v: Tensor, args: tuple, **of_u: Tensor) -> None:
     """of_u: u or its gradient, by its name."""
     named, columns = _named(args)
-    for name in ("attn_bias", "position_bias", "time_bias"):
-        if named[name] is not None:
-            raise ValueError(f"silu_attention: {name} is given, expected None: its gradient has no place in that of x")
+    if named["attn_bias"] is not None:
+        raise ValueError("silu_attention: attn_bias is given, expected None: its gradient has no place in that of x")
     ((name, u),) = of_u.items()
     check_slices(x, {"u_at": (name, u, 1), "q_at": ("q", q, 2), "k_at": ("k", k, 2), "v_at": ("v", v, 2)}, columns)
 

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from hstu_compile.ops.mask_tile_states import mask_tile_states as tile_states
 from hstu_compile.ops.mask_tile_states import tile_states_shape
-from hstu_compile.ops.relative_bias import RelativeBias
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 _checked_everywhere = False
 
@@ -58,12 +56,6 @@ def check_attention_arguments(
     num_contextuals: Tensor | None,
     attn_mask: Tensor | None,
     attn_bias: Tensor | None,
-    position_bias: Tensor | None,
-    time_bias: Tensor | None,
-    row_times: Tensor | None,
-    col_times: Tensor | None,
-    time_boundaries: Tensor | None,
-    time_symmetric: bool,
     mask_tile_states: Tensor | None,
     max_seq_len: int,
     alpha: float,
@@ -126,9 +118,6 @@ def check_attention_arguments(
             _check_plane(name, plane, (batch, shape[-2], max_seq_len, max_seq_len), device)
     if attn_bias is not None:
         expect(attn_bias.is_floating_point(), "the dtype of attn_bias", attn_bias.dtype, "a floating point dtype")
-    relative = RelativeBias(position_bias, time_bias, row_times, col_times, time_boundaries, time_symmetric)
-    if any(t is not None for t in relative[:-1]):
-        _check_relative_bias(relative, batch, shape[-2], max_seq_len, device)
     if attn_mask is not None:
         expect(not attn_mask.requires_grad, "attn_mask.requires_grad", True, "False: the mask has no gradient")
     _check_tile_states(attn_mask, mask_tile_states)
@@ -175,55 +164,6 @@ def _check_tile_states(attn_mask: Tensor | None, states: Tensor | None) -> None:
         )
 
 
-def _check_relative_bias(bias: RelativeBias, batch: int, num_heads: int, N: int, device: torch.device) -> None:
-    """Ranks, shapes, dtypes and devices."""
-    times = {name: t for name, t in bias._asdict().items() if name not in ("position_bias", "time_symmetric")}
-    missing = [name for name, t in times.items() if t is None]
-    if missing and len(missing) < len(times):
-        expect(False, missing[0], None, f"a tensor: {', '.join(times)} come together")
-    for name, t in bias._asdict().items():
-        if isinstance(t, Tensor):
-            expect(t.device == device, f"the device of {name}", t.device, f"that of q, {device}")
-            rank = 1 if name == "time_boundaries" else 2
-            expect(t.dim() == rank, f"the shape of {name}", tuple(t.shape), f"{rank} dimension{'s' * (rank > 1)}")
-    if bias.position_bias is not None:
-        _check_table("position_bias", bias.position_bias, num_heads, 0 if _is(N, 0) else 2 * N - 1, "2N - 1")
-    if bias.time_bias is None or missing:
-        return
-    assert bias.row_times is not None and bias.time_boundaries is not None
-    _check_table("time_bias", bias.time_bias, num_heads, bias.time_boundaries.shape[0] + 1, "K + 1")
-    dtype = bias.row_times.dtype
-    expect(dtype in TIME_DTYPES, "the dtype of row_times", dtype, "int32, int64, float32 or float64")
-    for name in ("row_times", "col_times", "time_boundaries"):
-        t = times[name]
-        expect(t.dtype == dtype, f"the dtype of {name}", t.dtype, f"that of row_times, {dtype}")
-        expect(not t.requires_grad, f"{name}.requires_grad", True, "False: a time has no gradient")
-        if name != "time_boundaries":
-            _check_sizes(name, t, batch, N, f"[B|1, N] = [{batch}|1, {N}]")
-
-
-def _check_table(name: str, table: Tensor, num_heads: int, size: int, words: str) -> None:
-    expect(table.is_floating_point(), f"the dtype of {name}", table.dtype, "a floating point dtype")
-    _check_sizes(name, table, num_heads, size, f"[H|1, {words}] = [{num_heads}|1, {size}]")
-
-
-def _check_sizes(name: str, t: Tensor, lead: int, size: int, wanted: str) -> None:
-    if not _is(t.shape[0], 1):
-        expect_same(t.shape[0], lead, f"the shape of {name}", tuple(t.shape), lambda: wanted)
-    expect_same(t.shape[1], size, f"the shape of {name}", tuple(t.shape), lambda: wanted)
-
-
-def _is(size: int, number: int) -> bool:
-    return isinstance(size, int) and size == number  # a symbolic size would be specialised
-
-
-def _check_boundaries(time_boundaries: Tensor | None) -> None:
-    """The values themselves."""
-    if time_boundaries is not None:
-        increasing = bool((time_boundaries[1:] >= time_boundaries[:-1]).all())
-        expect(increasing, "time_boundaries", time_boundaries.tolist(), "no decrease and no NaN")
-
-
 def check_slices(x: Tensor, slices: dict[str, tuple[str, Tensor, int]], columns: dict[str, int]) -> None:
     """Whether the slices that begin at these columns are all of x [.., W], in one piece each.
 
@@ -256,20 +196,18 @@ def check_attention_values(
     num_targets: Tensor | None,
     num_contextuals: Tensor | None,
     attn_mask: Tensor | None,
-    time_boundaries: Tensor | None,
     mask_tile_states: Tensor | None,
     max_seq_len: int,
     contextual_seq_len: int,
     **_others,
 ) -> None:
-    """Offsets, lengths, counts and boundaries themselves, and whether the states of the mask's tiles are its own.
+    """Offsets, lengths and counts themselves, and whether the states of the mask's tiles are its own.
 
     On a GPU this waits for the device: only the debug option does it.
     """
     if attn_mask is not None and mask_tile_states is not None:
         own = torch.equal(mask_tile_states, tile_states(attn_mask))
         expect(own, "mask_tile_states", "of another mask", "those of attn_mask")
-    _check_boundaries(time_boundaries)
     if seq_offsets is not None:
         offsets = seq_offsets.tolist()
         expect(offsets[0] == 0, "seq_offsets[0]", offsets[0], "0")

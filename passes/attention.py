@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from hstu_compile.ops import kernel_table
-from hstu_compile.passes import relative_bias
 from hstu_compile.passes.attention_drawbacks import drawback
 from hstu_compile.passes.attention_mask import MaskMeaning
 from hstu_compile.passes.attention_operands import JaggedLayout, Layout, find_region, find_unpadded
@@ -39,7 +38,6 @@ from hstu_compile.passes.jagged import read_offsets_at_their_source
 from hstu_compile.passes.mask_counts import counts, live_keys
 from hstu_compile.passes.mask_tile_states import with_tile_states
 from hstu_compile.passes.products import Labels, Product, as_product
-from hstu_compile.passes.relative_bias import RelativeBias
 from hstu_compile.passes.report import Region, Report, source_line, spoken
 
 NAME = "attention"
@@ -119,8 +117,7 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
     k = layout.operand(region.k, region.column, region.attn, weights.of_k)
     meaning = weights.meaning if isinstance(weights.meaning, MaskMeaning) else MaskMeaning(causal=False)
     v = layout.operand(region.v, region.column, region.hidden, weights.of_v + live_keys(layout, meaning))
-    relative = relative_bias.read(layout, weights.biases)
-    mask, bias, states = attn_mask(layout, weights.masks), attn_bias(layout, relative.rest), None
+    mask, bias, states = attn_mask(layout, weights.masks), attn_bias(layout, weights.biases), None
     if mask is not None:
         mask, states = with_tile_states(mask, before)
     alpha = scores.alpha * region.q.factor * region.k.factor
@@ -128,7 +125,7 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
         *(q, k, v),
         layout.seq_offsets,
         *counts(layout, meaning),
-        *(mask, bias, *relative.arguments, states),
+        *(mask, bias, states),
         layout.max_seq_len,
         float(alpha),
         weights.scaling_seq_len,
@@ -145,7 +142,7 @@ def _rewrite(layout: Layout, weights: Weights) -> tuple[Region, set[fx.Node]]:
     scaled = layout.scaled(out, region.row, weights.of_output)
     kernel = _kernel(q, v, mask, bias)
     slower, change = drawback(layout, weights, kernel)
-    words = _words(layout, weights, meaning, relative, alpha)
+    words = _words(layout, weights, meaning, alpha)
     reported = Region(NAME, words, source_line(silu), kernel=kernel, slower=slower, change=change)
     return reported, _replace(layout, scaled)
 
@@ -204,10 +201,10 @@ def _is_like(user: fx.Node) -> bool:
     return is_call(user, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 
 
-def _words(layout: Layout, weights: Weights, meaning: MaskMeaning, relative: RelativeBias, alpha: float) -> str:
+def _words(layout: Layout, weights: Weights, meaning: MaskMeaning, alpha: float) -> str:
     words = [meaning.words if meaning is weights.meaning else "mask tensor"]
     words += [layout.words, f"alpha {alpha:g}", f"divisor {weights.scaling_seq_len}"]
-    words += relative.words
+    words += ["bias"] * bool(weights.biases)
     for name, factors in (("q", weights.of_q), ("k", weights.of_k), ("v", weights.of_v), ("out", weights.of_output)):
         words += [f"{name} scaled by {', '.join(spoken(term.node) for term in factors)}"] * bool(factors)
     return "; ".join(words)

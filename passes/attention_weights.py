@@ -86,7 +86,7 @@ def _identify(layout: Layout, weights: Weights, cells: list[Term], rows: list[Te
                 continue
             tried.append((outer, added))
             terms = [_mask_term(region, term) for term in cells + outer]
-            terms += [MaskTerm(bias.node, names(region, bias.around), "adds") for bias in added]
+            terms += [MaskTerm(bias.node, _names(region, bias.around), "adds") for bias in added]
             weights.meaning = identify(
                 terms,
                 batch_size=1 if region.batch is None else region.batch.size,
@@ -106,10 +106,10 @@ def _identify(layout: Layout, weights: Weights, cells: list[Term], rows: list[Te
 
 
 def _mask_term(region: Region, term: Term) -> MaskTerm:
-    return MaskTerm(term.node, names(region, term.around), "drops" if term.role == "drops" else "keeps")
+    return MaskTerm(term.node, _names(region, term.around), "drops" if term.role == "drops" else "keeps")
 
 
-def names(region: Region, dims: Dims) -> tuple[str, ...]:
+def _names(region: Region, dims: Dims) -> tuple[str, ...]:
     """("b", "h", "i", "j"), in whatever order and folding these dimensions are; "" for a dimension of size 1."""
     letters: dict[Axis | None, str] = {region.row: "i", region.column: "j", region.batch: "b", region.head: "h"}
     return tuple("".join(letters.get(axis, "") for axis in group) for group in region.axes.resolve(dims))

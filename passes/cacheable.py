@@ -45,10 +45,7 @@ def check_attention(layers: Sequence[fx.Node], sizes: BatchSizes) -> set[fx.Node
         for condition, reason in (
             (a["seq_offsets"] is None, "is dense, [B, N]; expected jagged sequences with offsets"),
             (a["attn_mask"] is not None, "has a mask tensor, and over pages there are only masks in closed form"),
-            (
-                any(a[name] is not None for name in ("attn_bias", "position_bias", "time_bias")),
-                "has a bias, which attention over pages does not take",
-            ),
+            (a["attn_bias"] is not None, "has a bias, which attention over pages does not take"),
             (not a["causal"], "is not causal: old tokens attend to new ones"),
             (
                 a["num_contextuals"] is not None or a["contextual_seq_len"] != 0,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 MOST_PIECES = 4  # a triangle has two, a band three
-SMALL = 64  # whole numbers, as the boundaries of buckets are: of so many each may be a piece
 
 _OFFER = "hstu_compile_content"
 
@@ -68,16 +67,15 @@ def content_of(tensor: Tensor) -> Content | None:
     pieces: list[tuple[int, float, float]] = []
     begin = 0
     while begin < len(values):
-        if len(pieces) == MOST_PIECES and (len(values) > SMALL or values.is_floating_point()):
+        if len(pieces) == MOST_PIECES:
             return None
         rest = values[begin:]
         slope = (rest[1] - rest[0]).item() if len(rest) > 1 else 0
         other = (rest != rest[0] + slope * torch.arange(len(rest))).nonzero()
         pieces.append((begin - origin, rest[0].item(), slope))
-        length = int(other[0]) if len(other) else len(rest)
-        if not length:  # NaN, or a step to infinity
+        begin += int(other[0]) if len(other) else len(rest)
+        if pieces[-1][1] != pieces[-1][1]:  # NaN
             return None
-        begin += length
     begins, first, step = zip(*pieces, strict=True)
     return Content(tuple(tensor.shape), dims, begins, first, step)
 

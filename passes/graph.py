@@ -1,7 +1,6 @@
 """What every pass needs of an FX graph: constants, gradients, new nodes with metadata, removal of dead ones."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -147,16 +146,6 @@ def may_require_grad(node: fx.Node) -> bool:
     return False
 
 
-def grad_modes(graph: fx.Graph) -> dict[fx.Node, Any]:
-    """The grad mode in which each node runs, if the graph is called in the one that is set now."""
-    modes, mode = {}, torch.is_grad_enabled()
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            mode = node.args[0]
-        modes[node] = mode
-    return modes
-
-
 def is_parameter(node: fx.Node) -> bool:
     """A weight of the model, not something computed from the batch."""
     if node.op == "get_attr":
@@ -193,23 +182,6 @@ def copied_before(node: fx.Node, before: fx.Node) -> fx.Node:
         return copies[n]
 
     return copy(node)
-
-
-def insert_constant(before: fx.Node, tensor: torch.Tensor) -> fx.Node:
-    """A tensor that is known now, as a node before another one."""
-    with before.graph.inserting_before(before):
-        node = before.graph.get_attr(own(before.graph, tensor))
-    node.meta["val"] = value(before).fake_mode.from_tensor(tensor, static_shapes=True)
-    return insert_call(before.graph, before, aten.lift_fresh_copy.default, (node,), like=before)  # as torch.tensor does
-
-
-def own(graph: fx.Graph, tensor: torch.Tensor) -> str:
-    """The name under which a graph's module holds a tensor from now on."""
-    module = graph.owning_module
-    assert module is not None
-    name = next(name for k in itertools.count() if not hasattr(module, name := f"_tensor_constant{k}"))
-    module.register_buffer(name, tensor, persistent=False)
-    return name
 
 
 @contextlib.contextmanager

@@ -150,15 +150,10 @@ class IndexSpace:
                 result = self._evaluate(node, coords)
             except NotUnderstood:
                 raise
-            except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise NotUnderstood(f"{node.target} was not understood ({error}) at {source_line(node)}") from error
-            self._values[key] = coords, self.held(node, result)
+            self._values[key] = coords, result.to(node.meta["val"].dtype)
         return self._values[key][1]
-
-    def held(self, node: fx.Node, value: Tensor) -> Tensor:
-        """What is kept of a node's value."""
-        dtype = node.meta["val"].dtype
-        return value if value.dtype == dtype else value.to(dtype)
 
     def new_axis(self, size: int, coords: Coords, count: int = 1) -> Tensor:
         """Coordinates 0..size-1 along a new leading dimension, the `count`-th before those of `coords`."""
@@ -222,7 +217,7 @@ def _constant(node: fx.Node) -> Tensor:
         value = getattr(value, name)
     if isinstance(value, torch.nn.Parameter) or not isinstance(value, Tensor):
         raise ValueError("a parameter's value is not known here")
-    return value.detach().to(torch.get_default_device())
+    return value.detach().cpu()
 
 
 def refuse_if_written(node: fx.Node) -> None:

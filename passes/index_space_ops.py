@@ -167,11 +167,6 @@ def _beside(values: Tensor, others: Tensor) -> Tensor:
     return values.reshape(len(values), *[1] * missing, *values.shape[1:])
 
 
-def _unfold(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    axis = _axis(a["dimension"], len(coords) - 1)
-    return _replace(coords[:-1], axis, coords[axis] * space.scalar(a["step"]) + coords[-1])
-
-
 VIEWS: dict[str, ViewHandler] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"], _reshape),
     **dict.fromkeys(["squeeze", "unsqueeze", "ravel"], _reshape),
@@ -183,7 +178,6 @@ VIEWS: dict[str, ViewHandler] = {
     "select": _select,
     **dict.fromkeys(["slice", "narrow"], _slice),
     "diagonal": _diagonal,
-    "unfold": _unfold,
     "flip": _flip,
     "roll": _roll,
     **dict.fromkeys(["repeat", "tile"], _repeat),
@@ -225,14 +219,14 @@ def _triangle(keep: Callable[[Tensor, Tensor, int], Tensor]) -> ValueHandler:
 
 def _joined(space: "IndexSpace", parts: Sequence[fx.Node], axis: int, coords: Coords) -> Tensor:
     """The value at `coords` of the parts put one after the other along `axis`."""
-    result, begin = None, 0
+    result, begin = torch.zeros(()), 0
     for part in parts:
         size = space.shape(part)[axis]
         if size:
-            value = space.value(part, _replace(coords, axis, (coords[axis] - begin).clamp(0, size - 1)))
-            result = value if result is None else torch.where(coords[axis] >= begin, value, result)
+            at = (coords[axis] - begin).clamp(0, size - 1)
+            result = torch.where(coords[axis] >= begin, space.value(part, _replace(coords, axis, at)), result)
         begin += size
-    return torch.zeros(()) if result is None else result
+    return result
 
 
 def _cat(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
@@ -241,10 +235,8 @@ def _cat(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Te
 
 def _stack(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
     axis = _axis(a["dim"], len(coords))
-    first, *others = a["tensors"]
-    rest = (*coords[:axis], *coords[axis + 1 :])
-    result = space.value(first, rest)
-    for index, part in enumerate(others, 1):
+    rest, result = (*coords[:axis], *coords[axis + 1 :]), torch.zeros(())
+    for index, part in enumerate(a["tensors"]):
         result = torch.where(coords[axis] >= index, space.value(part, rest), result)
     return result
 
@@ -408,15 +400,6 @@ def _outer(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> 
     return _contract(space, (a["self"], a["vec2"]), "x,y->xy", coords)
 
 
-def _bucketize(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    boundaries = a["boundaries"] if "boundaries" in a else a["sorted_sequence"]
-    if len(space.shape(boundaries)) != 1 or a.get("sorter") is not None:
-        raise ValueError("boundaries of their own for each element")
-    known = space.along(boundaries, (0,), (ZERO,)).flatten()
-    right = a["right"] or a.get("side") == "right"
-    return torch.bucketize(space.value(a["self"], coords).contiguous(), known, right=right)
-
-
 def _complete_cumsum(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
     (lengths,) = (value for value in a.values() if isinstance(value, fx.Node))
     sums = space.along(lengths, (0,), (ZERO,)).cumsum(0)
@@ -459,7 +442,6 @@ VALUES: dict[str, ValueHandler] = {
     "einsum": _einsum,
     **dict.fromkeys(["matmul", "mm", "bmm"], _matmul),
     **dict.fromkeys(["outer", "ger"], _outer),
-    **dict.fromkeys(["bucketize", "searchsorted"], _bucketize),
     "asynchronous_complete_cumsum": _complete_cumsum,
     **dict.fromkeys(["jagged_to_padded_dense", "jagged_to_padded_dense_forward"], _padded_dense),
 }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from hstu_compile.ops.hstu_attention import ATTN_MASK, BIASES, MASK_TILE_STATES
+from hstu_compile.ops.hstu_attention import ATTN_BIAS, ATTN_MASK, MASK_TILE_STATES
 from hstu_compile.passes import packed_gate
 from hstu_compile.passes.graph import (
     aten,
@@ -115,7 +115,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _find(attention: fx.Node, silu: fx.Node) -> Packed:
-    if any(attention.args[at] is not None for at in BIASES):
+    if attention.args[ATTN_BIAS] is not None:
         raise Misfit("the attention has a bias, whose gradient has no place in that of x")
     if (attention.args[ATTN_MASK] is None) != (attention.args[MASK_TILE_STATES] is None):
         raise Misfit("the attention has a mask tensor without the states of its tiles")

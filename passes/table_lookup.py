@@ -38,7 +38,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every lookup that fits; returns how many."""
     fused = 0
     for node in list(gm.graph.nodes):
-        lookup = as_lookup(node)
+        lookup = _read(node)
         if lookup is None or not _is_tiny_table_with_many_lookups(lookup):
             continue
         reason = _misfit(lookup)
@@ -51,8 +51,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     return fused
 
 
-def as_lookup(node: fx.Node) -> Lookup | None:
-    """The call as a gather of slices of a table; None for other calls."""
+def _read(node: fx.Node) -> Lookup | None:
     table: Any
     index: Any
     indices: Any

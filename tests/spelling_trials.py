@@ -53,16 +53,6 @@ class Outcome:
     def closed_mask(self) -> bool:
         return not any("mask tensor" in region.what for region in self.report.fused("attention"))
 
-    @property
-    def has_bias(self) -> bool:
-        return self.layer.choices.get("bias") not in (None, "none")
-
-    @property
-    def tensors_of_bias(self) -> list[str]:
-        """Why terms of the bias are tensors in memory."""
-        said = "; ".join(region.what for region in self.report.fused("attention"))
-        return re.findall(r"bias tensor \w+: (.*?)(?:; (?!and )|$)", said)
-
     def reasons(self, part: str) -> list[str]:
         missed = [region.reason or "" for region in self.report.missed(part)]
         return missed or ["nothing that looked like it"]
@@ -214,7 +204,6 @@ def summary(outcomes: list[Outcome]) -> str:
     parts: list[tuple[str, list[Outcome], Callable[[Outcome], bool]]] = [
         ("attention", outcomes, lambda o: not o.recognised("attention")),
         ("mask in closed form", fused, lambda o: not o.closed_mask),
-        ("bias in the kernel", [o for o in fused if o.has_bias], lambda o: bool(o.tensors_of_bias)),
         ("uvqk", fused, lambda o: not o.recognised("uvqk")),
         ("output", [o for o in fused if o.layer.is_gated], lambda o: not o.recognised("output")),
         ("packed_gradient", fused, lambda o: not o.recognised("packed_gradient")),
@@ -226,12 +215,7 @@ def summary(outcomes: list[Outcome]) -> str:
         )
         reasons: collections.Counter[str] = collections.Counter()
         for o in misses:
-            if part in NAMES:
-                texts = o.reasons(part)
-            elif part == "bias in the kernel":
-                texts = o.tensors_of_bias
-            else:
-                texts = [r.slower or "" for r in o.report.fused("attention")]
+            texts = o.reasons(part) if part in NAMES else [r.slower or "" for r in o.report.fused("attention")]
             reasons.update({re.sub(r"\d+|\[.*?\]|<spelling.*", "#", text)[:110] for text in texts})
         lines += [f"{count:5}  because {reason}" for reason, count in reasons.most_common(12)]
         lines += by_choice(among, missed) if misses else []

@@ -74,9 +74,8 @@ def compile_attention(
     }
     with compile_only.target(capability):
         attention_triton.forward(q, q, v, **arguments)
-        needs = {"needs_bias_grad": arguments["attn_bias"] is not None}
-        needs |= dict.fromkeys(["needs_position_bias_grad", "needs_time_bias_grad"], "relative_bias" in arguments)
-        attention_triton.backward(v, q, q, v, **arguments, **needs)
+        needs_bias_grad = arguments["attn_bias"] is not None
+        attention_triton.backward(v, q, q, v, **arguments, needs_bias_grad=needs_bias_grad)
     return taken
 
 

@@ -224,7 +224,7 @@ def op_arguments(lengths, dtype, layout, mask, requires_grad=True):
         "max_attn_len": 0,
         "min_full_attn_seq_len": 0,
     }
-    named |= {"targets_share_position": False, "time_symmetric": False} | mask
+    named |= {"targets_share_position": False} | mask
     return q, k, v, *(named[p] for p in PARAMETERS)
 
 
@@ -248,7 +248,7 @@ def test_opcheck(layout, lengths, mask):
 def test_opcheck_backward():
     q, k, v, *rest = op_arguments([3, 0, 5], torch.float32, "packed", {}, requires_grad=False)
     op = torch.ops.hstu_compile.hstu_attention_backward.default
-    torch.library.opcheck(op, (torch.randn(8, H, 16, device=DEVICE), q, k, v, *rest, False, False, False))
+    torch.library.opcheck(op, (torch.randn(8, H, 16, device=DEVICE), q, k, v, *rest, False))
 
 
 GOOD = {"seq_offsets": [0, 3, 8], "max_seq_len": 6, "alpha": 1.0, "scaling_seq_len": 6}

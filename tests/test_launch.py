@@ -14,7 +14,7 @@ import torch
 import triton
 from test_sm90_compiles import NOTHING, on_hopper
 
-from hstu_compile.ops.hstu_attention import PARAMETERS, RELATIVE_BIAS, attention_features
+from hstu_compile.ops.hstu_attention import PARAMETERS, attention_features
 from hstu_compile.ops.kernels import attention_sm90
 from hstu_compile.ops.kernels import norm_gate_dropout as gate
 from hstu_compile.ops.norm_gate_dropout import _features as gate_features
@@ -216,7 +216,7 @@ def test_no_tensor_is_kept(recorded) -> None:
 
 
 ARGUMENTS = {"seq_offsets": torch.tensor([0, 5, 8]), "max_seq_len": 5, "alpha": 0.5, "scaling_seq_len": 8.0}
-ARGUMENTS |= {"mask_tile_states": None, **dict.fromkeys(RELATIVE_BIAS), "time_symmetric": False}
+ARGUMENTS |= {"mask_tile_states": None}
 
 
 def features(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **change: Any) -> Any:
@@ -228,8 +228,6 @@ def test_the_kind_of_a_call() -> None:
     x, longer = torch.empty(8, H, 16), torch.empty(9, H, 16)
     kind = features(x, x, x)
     assert features(longer, longer, longer, max_seq_len=7, seq_offsets=torch.tensor([0, 2, 5, 9])) == kind
-    times = {name: torch.ones(2, 5) for name in ("row_times", "col_times")}
-    times |= {"time_bias": torch.ones(1, 3), "time_boundaries": torch.ones(2)}
     others = [
         features(x, x, longer),
         features(x, x, x.double()),
@@ -249,12 +247,6 @@ def test_the_kind_of_a_call() -> None:
         features(x, x, x, attn_mask=torch.ones(1, 1, 5, 5), mask_tile_states=torch.ones(2, 1, 1, 1)),
         features(x, x, x, attn_bias=torch.ones(1, 1, 5, 5), max_seq_len=6),
         features(x, x, x, attn_bias=torch.ones(1, 1, 5, 5), seq_offsets=torch.tensor([0, 8])),
-        features(x, x, x, position_bias=torch.ones(1, 9)),
-        features(x, x, x, position_bias=torch.ones(H, 9)),
-        features(x, x, x, position_bias=torch.ones(1, 9), seq_offsets=torch.tensor([0, 8])),
-        features(x, x, x, **times),
-        features(x, x, x, **times, time_symmetric=True),
-        features(x, x, x, **times | {"row_times": times["row_times"].int()}),
         features(x[:1], x[:1], x[:1]),
     ]
     assert len({kind, *others}) == 1 + len(others)

@@ -21,7 +21,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATES = torch.ops.hstu_compile.mask_tile_states.default
 FORWARD = torch.ops.hstu_compile.hstu_attention_forward.default
 BACKWARD = torch.ops.hstu_compile.hstu_attention_backward.default
-NO_BIAS = (*[None] * 6, False)
 
 
 def tile_by_tile(mask: Tensor) -> Tensor:
@@ -103,12 +102,12 @@ def test_opcheck_of_attention_with_a_mask() -> None:
     inputs, (first, rest) = qkv(dtype=torch.float32), REST
     attention = torch.ops.hstu_compile.hstu_attention.default
     for given in (mask, mask.expand(2, 2, 40, 40)):
-        torch.library.opcheck(attention, (*inputs, *first, given, *NO_BIAS, None, *rest))
-        torch.library.opcheck(attention, (*inputs, *first, given, *NO_BIAS, mask_tile_states(given), *rest))
+        torch.library.opcheck(attention, (*inputs, *first, given, None, None, *rest))
+        torch.library.opcheck(attention, (*inputs, *first, given, None, mask_tile_states(given), *rest))
     inputs = qkv(dtype=torch.float32, requires_grad=False)
-    arguments = (*inputs, *first, mask, *NO_BIAS, mask_tile_states(mask), *rest)
+    arguments = (*inputs, *first, mask, None, mask_tile_states(mask), *rest)
     torch.library.opcheck(FORWARD, arguments)
-    torch.library.opcheck(BACKWARD, (torch.randn_like(inputs[2]), *arguments, False, False, False))
+    torch.library.opcheck(BACKWARD, (torch.randn_like(inputs[2]), *arguments, False))
 
 
 @pytest.mark.parametrize(
@@ -125,15 +124,15 @@ def test_opcheck_of_attention_with_a_mask() -> None:
 def test_what_does_not_fit_is_named(mask: Tensor | None, states: Tensor | None, message: str) -> None:
     first, rest = REST
     with pytest.raises((ValueError, RuntimeError), match=message):
-        FORWARD(*qkv(requires_grad=False), *first, mask, *NO_BIAS, states, *rest)
+        FORWARD(*qkv(requires_grad=False), *first, mask, None, states, *rest)
 
 
 def test_states_of_another_mask_are_refused_where_values_are_checked() -> None:
     mask, (first, rest) = sparse_mask(), REST
     with hstu_compile.ops.validation.values_checked():
-        FORWARD(*qkv(requires_grad=False), *first, mask, *NO_BIAS, mask_tile_states(mask), *rest)
+        FORWARD(*qkv(requires_grad=False), *first, mask, None, mask_tile_states(mask), *rest)
         with pytest.raises(ValueError, match="mask_tile_states is of another mask"):
-            FORWARD(*qkv(requires_grad=False), *first, mask, *NO_BIAS, mask_tile_states(~mask), *rest)
+            FORWARD(*qkv(requires_grad=False), *first, mask, None, mask_tile_states(~mask), *rest)
 
 
 @pytest.fixture

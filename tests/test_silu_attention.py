@@ -38,8 +38,7 @@ def slices(x: Tensor, order: str) -> list[Tensor]:
 def attention(**given: Any) -> dict[str, Any]:
     defaults = {"alpha": 0.25, "scaling_seq_len": 33, "causal": True, "target_group_size": 1}
     zero = dict.fromkeys(("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"), 0)
-    off = dict.fromkeys(("time_symmetric", "targets_share_position"), False)
-    return {**dict.fromkeys(PARAMETERS), **zero, **off, **defaults, **given}
+    return {**dict.fromkeys(PARAMETERS), **zero, "targets_share_position": False, **defaults, **given}
 
 
 def jagged(**given: Any) -> dict[str, Any]:

@@ -29,7 +29,6 @@ TICKETS = 128  # that a multiprocessor draws: enough to even out, and no more wh
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
 SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
 GRAD_TILES = {32: (64, 4, 4), 64: (64, 4, 4), 128: (64, 4, 4), 256: (64, 2, 1)}
-TIMED_TILES = {32: (64, 4, 4), 64: (64, 4, 4), 128: (64, 4, 4), 256: (32, 4, 2)}  # both, with a bias by time
 DKDV_TILES = {32: (64, 4), 64: (64, 4), 128: (64, 4), 256: (64, 2)}  # COLS, STAGES
 DQDKDV_TILES = {32: (128, 3), 64: (128, 3)}  # COLS, STAGES
 # Rows a sequence, on the average. TFLOP/s at head dim 64, in one kernel and in two: mean length 819 355, 360; 1024 282,
@@ -130,12 +129,10 @@ def backward(
     v: Tensor,
     *,
     needs_bias_grad: bool,
-    needs_position_bias_grad: bool = False,
-    needs_time_bias_grad: bool = False,
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
-) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv and, if asked for, those of attn_bias, position_bias and time_bias, contiguous; see `forward`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and, if asked for, dbias, contiguous; keywords as in `forward`."""
     contiguous = torch.contiguous_format
     dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=contiguous) for t in (q, k, v)])
     if dq.numel():
@@ -149,12 +146,11 @@ def backward(
         key = (dout.dtype, dout.shape[1:], dout.stride(), in_one_kernel(filled_dim(q, v), extent, call))
         tensors = [dout, q, k, v, *grads, *scratch, *per_sequence(call), call["attn_bias"]]
         run(remembered(memory, call), key, tensors, extent, launches)
-    needs = needs_bias_grad, needs_position_bias_grad, needs_time_bias_grad
-    if not any(needs):
-        return dq, dk, dv, None, None, None
-    from hstu_compile.ops.kernels.attention_sm90_dbias_launch import bias_grads
+    if not needs_bias_grad or call["attn_bias"] is None:
+        return dq, dk, dv, None
+    from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
-    return dq, dk, dv, *bias_grads(dout, q, k, v, call, *needs)
+    return dq, dk, dv, dbias(dout, q, k, v, **call)
 
 
 def silu_backward(
@@ -201,7 +197,7 @@ def forward_launches(
 ) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
     (q, k, v), batch_rows = loadable(q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch), relative_of(q, call))
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
     return [product(q, q, k, v, result_of(out), float(call["scale"]), run, grad=False)]
 
 
@@ -222,7 +218,7 @@ def backward_launches(
     scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch), relative_of(q, call))
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
     width = run.width
     one_kernel = in_one_kernel(width, extent_of(q, call), call)
     cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
@@ -246,17 +242,10 @@ class Run(NamedTuple):
     call: dict[str, Any]
     sms: int
     scratch: Iterator[Tensor]  # what each launch has to itself
-    relative: Any  # RelativeBias of relative_bias.py
-
-
-def relative_of(q: Tensor, call: dict[str, Any]) -> Any:
-    portable = kernels().portable
-    each = portable.Sequences(*(t if t is None else t.contiguous() for t in per_sequence(call)))
-    return portable.RelativeBias(call.get("relative_bias"), each, num_sequences(q, call), call["max_seq_len"])
 
 
 def has_pairs(call: dict[str, Any]) -> bool:
-    return any(call.get(name) is not None for name in ("attn_mask", "attn_bias", "relative_bias"))
+    return call["attn_mask"] is not None or call["attn_bias"] is not None
 
 
 def in_one_kernel(width: int, extent: Extent, call: dict[str, Any]) -> bool:
@@ -269,8 +258,8 @@ def mean_length(jagged: bool, extent: Extent) -> int:
 
 
 def remembered(memory: dict[Hashable, Any] | None, call: dict[str, Any]) -> dict[Hashable, Any] | None:
-    """Calls with a mask tensor or a relative bias make lists of tiles; what is remembered knows no such tensors."""
-    return memory if call["attn_mask"] is None and call.get("relative_bias") is None else None
+    """Calls with a mask tensor make lists of its tiles, and what is remembered of a call knows no such tensors."""
+    return memory if call["attn_mask"] is None else None
 
 
 COUNTER = 4  # elements: 16 bytes
@@ -332,14 +321,12 @@ def dqdkdv_sizes(jagged: bool, heads: int, extent: Extent) -> tuple[int, dict[st
 
 def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Any, factor: float, run: Run, *, grad: bool) -> Launch:
     width, call = run.width, run.call
-    timed = bool(run.relative.times)
-    cols, b_stages, c_stages = (TIMED_TILES if timed else GRAD_TILES if grad else SILU_TILES)[width]
+    cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
     a_rows = describe(a, ROWS, width)
     arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), None, None, out, 0.5 * call["alpha"], factor)
     constants = {"DIM": out.ptr.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    in_registers = width <= 128 and not grad and not timed
-    constants |= {"GRAD": grad, "IN_REGISTERS": in_registers, "REGISTERS": 240, "parts": 1}
+    constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad, "REGISTERS": 240, "parts": 1}
     return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
 
 
@@ -349,10 +336,7 @@ def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: d
     sizes = functools.partial(ticket_sizes, jagged, heads, rows, run.width, run.sms)
     programs, numbers = sizes(extent_of(x, run.call))
     _, *tickets = numbers.values()
-    cols, by_keys = constants["COLS"], kernel is not kernels().product
-    pairs = pairs_of(x, rows, cols, run.call, by_keys=by_keys)
-    relative = run.relative.tiles(*((cols, ROWS) if by_keys else (ROWS, cols)))  # as a consumer has them
-    pairs = pairs._replace(position=relative.position, time=relative.time)
+    pairs = pairs_of(x, rows, constants["COLS"], run.call, by_keys=kernel is not kernels().product)
     constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernel, programs, (*arguments, pairs, next(run.scratch), *tickets), constants, sizes)
 

@@ -19,22 +19,6 @@ STAGES = 5  # of two operands, TILE x CHUNK each: 160 of 227 KB
 BIAS_BYTES = 4 * TILE * TILE  # two tiles of 16 bits, or one of 32
 
 
-def bias_grads(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any], bias: bool, position: bool, time: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those of attn_bias, position_bias and time_bias, each if asked for; with a relative bias, by portable kernels."""
-    grad = None
-    if call.get("relative_bias") is None:
-        if bias and call["attn_bias"] is not None:
-            grad = dbias(dout, q, k, v, **call)
-        return grad, None, None
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    portable_call = portable.Call(q, k, v, **call)
-    if bias:
-        grad = portable_call.dbias(portable_call.tiles.dbias, dout)
-    return grad, *portable_call.relative_grads(dout, position, time)
-
-
 def dbias(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
     """The gradient of call["attn_bias"], in its shape and dtype, contiguous; keywords as in attention_sm90.forward."""
     out = portable.empty_bias_grad(call["attn_bias"])

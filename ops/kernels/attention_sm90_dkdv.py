@@ -70,10 +70,7 @@ def consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     dtype: gl.constexpr = q.tiles.dtype
     # Whether dp is asked for before silu: with a bias or a mask tensor it would spill.
-    UNBIASED: gl.constexpr = pairs.bias.ptr is None and pairs.position.table is None and pairs.time.table is None
-    EARLY: gl.constexpr = UNBIASED and pairs.mask.ptr is None
-    # Whether the bias comes before the scores: the search for buckets wants their registers.
-    FIRST: gl.constexpr = pairs.time.table is not None
+    EARLY: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
     done = 0  # q, do tiles so far
     number = 0  # output tiles so far
     tile = take_over(number, queue)
@@ -94,15 +91,12 @@ def consumer(
         mbarrier.wait(k.full.index(W), number & 1)
         for t in range(first, tiles):
             query0, ones = streamed_row(t, tiles, spans, lists, None, COLS, True)
-            if FIRST:
-                bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
             q_tile = wait_full(q, done, STAGES)
             s = warpgroup_mma(resident(k.tiles, W), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
             do_tile = wait_full(do, done, STAGES)
             if EARLY:
                 dp = warpgroup_mma(resident(v, W), do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-            if not FIRST:
-                bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
+            bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
             s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
             border = at_border(query0, COLS, ones, whole)
             x, g = pointwise(s, half_alpha, bias, key0, query0, border, sequence, batch, pairs, FAMILY, dtype)

@@ -36,7 +36,6 @@ def dv_consumer(
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     grad_full, grad_empty = grad_bars
-    FIRST: gl.constexpr = pairs.time.table is not None  # see attention_sm90_dkdv
     done = 0  # q, do tiles so far
     number = 0  # output tiles so far
     tile = take_over(number, queue)
@@ -51,12 +50,9 @@ def dv_consumer(
             zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
             for t in range(0, tiles):
                 query0, ones = streamed_row(t, tiles, spans, lists, None, COLS, True)
-                if FIRST:
-                    bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                 q_tile = wait_full(q, done, STAGES)
                 s = warpgroup_mma(resident(k.tiles, 0), q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-                if not FIRST:
-                    bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
+                bias = load_bias(pairs, zero, key0, query0, sequence, batch, True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 release(q, done, STAGES)
                 border = at_border(query0, COLS, ones, whole)

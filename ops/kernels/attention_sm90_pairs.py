@@ -1,9 +1,8 @@
-"""What the Hopper attention kernels are given for each (query, key) pair: biases and a mask tensor, each may be absent.
+"""What the Hopper attention kernels are given for each (query, key) pair: a bias and a mask tensor, each may be absent.
 
 Their cells come straight from global memory, in the layout of the scores: two adjacent columns of a thread are one load
 where they are adjacent in memory too and rows are aligned. Tiles in which the mask tensor is 0 everywhere are not
-streamed (mask_occupancy.py), and where it is 1 everywhere it is not loaded. A relative bias is computed in that layout
-(relative_tiles.py).
+streamed (mask_occupancy.py), and where it is 1 everywhere it is not loaded.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ import triton.language as tl
 from hstu_compile.ops.kernels.attention_sm90_tiles import NOWHERE, live_tile, pinned
 from hstu_compile.ops.kernels.attention_tiles import occupied
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon
-from hstu_compile.ops.kernels.relative_tiles import NO_POSITION, NO_TIME, relative_cells
 
 
 class Lists(NamedTuple):
@@ -41,8 +39,6 @@ class Pairs(NamedTuple):
     bias: Any  # Cells of attention_tiles.py
     mask: Any  # Cells
     lists: Any  # of the mask tensor
-    position: Any = NO_POSITION
-    time: Any = NO_TIME
 
 
 @gluon.jit
@@ -102,33 +98,14 @@ def load_cells(cells, like, row0, col0, z, sequence, N, KEYS_FIRST: gl.constexpr
 
 @gluon.jit
 def load_bias(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
-    """The tile's bias, if there is one: the sum of all."""
-    if pairs.position.table is not None or pairs.time.table is not None:
-        relative = relative_bias(pairs, like, row0, col0, sequence, batch.N, KEYS_FIRST)
-        if pairs.bias.ptr is not None:
-            cells = load_cells(pairs.bias, like, row0, col0, sequence.z, sequence, batch.N, KEYS_FIRST)
-            return relative + cells.to(gl.float32)
-        else:
-            return relative
-    elif pairs.bias.ptr is not None:
+    """The tile's bias, if there is one."""
+    if pairs.bias.ptr is not None:
         cells = load_cells(pairs.bias, like, row0, col0, sequence.z, sequence, batch.N, KEYS_FIRST)
         if cells.dtype.primitive_bitwidth == 16:
             # Two in a register: loaded one by one, ptxas leaves each in a register of its own.
             return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [cells], cells.dtype, is_pure=False, pack=2)
         else:
             return cells
-
-
-@gluon.jit
-def relative_bias(pairs, like, row0, col0, sequence, N, KEYS_FIRST: gl.constexpr):
-    layout: gl.constexpr = like.type.layout
-    first = (row0 + gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, layout)))[:, None]
-    second = (col0 + gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, layout)))[None, :]
-    z, head, length = sequence.z, sequence.head, sequence.length
-    if KEYS_FIRST:
-        return relative_cells(pairs, z, head, col0, row0, second, first, length, N, False)
-    else:
-        return relative_cells(pairs, z, head, row0, col0, first, second, length, N, False)
 
 
 @gluon.jit

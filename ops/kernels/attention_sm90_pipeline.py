@@ -275,8 +275,7 @@ def own_tiles(row0, mask, tiles, spans, lists, cached, FAMILY: gl.constexpr, COL
 def whole_tiles(row0, mask, pairs, FAMILY: gl.constexpr, KEYS: gl.constexpr):
     """Streamed rows [low, high) that every resident row of a consumer meets, bias and mask tensor included."""
     low, high = whole_columns(row0, ROWS, mask, FAMILY, KEYS)
-    UNBIASED: gl.constexpr = pairs.bias.ptr is None and pairs.position.table is None and pairs.time.table is None
-    if (not UNBIASED) or pairs.mask.ptr is not None:
+    if pairs.bias.ptr is not None or pairs.mask.ptr is not None:
         high = gl.minimum(high, mask.length)  # what these hold beyond may be NaN
     return low, high
 

@@ -45,7 +45,7 @@ def pointwise(
     s, half_alpha, bias, row0, col0, border, sequence, batch, pairs, FAMILY: gl.constexpr, GRAD: gl.constexpr
 ):  # fmt: skip
     """silu(alpha * s + bias), or its derivative; of a tile at a border, times the mask tensor and 0 in dead cells."""
-    PLAIN: gl.constexpr = bias is None and pairs.mask.ptr is None
+    PLAIN: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
     h = half_argument(s, half_alpha, bias)
     if border & (not PLAIN):
         h = masked(h, row0, col0, sequence, batch, pairs, FAMILY, False)
@@ -72,18 +72,13 @@ def silu_rounds(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
-    # Whether the bias comes before the scores: the search for buckets wants their registers.
-    FIRST: gl.constexpr = pairs.time.table is not None
     # First tile: nothing to overlap with yet.
     col0, ones = streamed_row(first, tiles, spans, lists, cached, COLS, False)
-    if FIRST:
-        bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
     b_tile = wait_full(b, done, B_STAGES)
     a_rows = loaded(a.tiles, W, s_layout, IN_REGISTERS)
     a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
     s = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if not FIRST:
-        bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
+    bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
     s = warpgroup_mma_wait(0, deps=(s,))
     release(b, done, B_STAGES)
     border = at_border(col0, COLS, ones, whole)
@@ -94,13 +89,10 @@ def silu_rounds(
         col0, ones = streamed_row(t, tiles, spans, lists, cached, COLS, False)
         p = gl.convert_layout(x.to(dtype), p_layout)
         a_tile = operand(a.tiles, a_rows, W, IN_REGISTERS)
-        if FIRST:
-            next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
         b_next = wait_full(b, done + 1, B_STAGES)
         s = warpgroup_mma(a_tile, b_next.permute((1, 0)), zero, use_acc=False, is_async=True)
         acc = warpgroup_mma(p, wait_full(c, done, C_STAGES), acc, is_async=True)
-        if not FIRST:
-            next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
+        next_bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
         s = warpgroup_mma_wait(1, deps=(s,))
         release(b, done + 1, B_STAGES)
         border = at_border(col0, COLS, ones, whole)
@@ -129,23 +121,18 @@ def grad_rounds(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     # Whether dp is asked for before silu': with a bias or a mask tensor it would spill.
-    UNBIASED: gl.constexpr = pairs.bias.ptr is None and pairs.position.table is None and pairs.time.table is None
-    EARLY: gl.constexpr = UNBIASED and pairs.mask.ptr is None
-    FIRST: gl.constexpr = pairs.time.table is not None  # as in silu_rounds, where sums are wide
+    EARLY: gl.constexpr = pairs.bias.ptr is None and pairs.mask.ptr is None
     # Whether the mask waits for dp: while that is on its way, wide sums leave it no registers.
     LATE: gl.constexpr = EARLY and acc.shape[1] > 128
     zero = gl.zeros((ROWS, COLS), dtype=gl.float32, layout=s_layout)
     for t in range(first, tiles):
         col0, ones = streamed_row(t, tiles, spans, lists, cached, COLS, False)
-        if FIRST:
-            bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
         b_tile = wait_full(b, done, B_STAGES)
         s = warpgroup_mma(resident(a.tiles, W), b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         if EARLY:
             c_tile = wait_full(c, done, C_STAGES)
             dp = warpgroup_mma(resident(da, W), c_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if not FIRST:
-            bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
+        bias = load_bias(pairs, zero, row0, col0, sequence, batch, False)
         s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
         border = at_border(col0, COLS, ones, whole)
         g = pointwise(s, half_alpha, bias, row0, col0, border & (not LATE), sequence, batch, pairs, FAMILY, True)

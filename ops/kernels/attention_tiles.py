@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from hstu_compile.ops.kernels.mask_tiles import Mask, Spans, all_cells_live, live_cells, nth_tile
-from hstu_compile.ops.kernels.relative_tiles import relative_cells
 
 
 class Rows(NamedTuple):
@@ -126,22 +125,19 @@ def store_cells(matrix, at, rows, cols, limit, values):
 
 
 @triton.jit
-def half_argument(scores, half_alpha, bias, relative, at, row0, col0, rows, cols, m, N):
-    """Half of silu's argument, alpha * scores + bias, of the tile at (row0, col0)."""
+def half_argument(scores, half_alpha, bias, at, rows, cols, m):
+    """Half of silu's argument, alpha * scores + bias."""
     half = scores * half_alpha
     if bias is not None:
         half += 0.5 * load_cells(bias, at, rows, cols, m.length)
-    if relative.position.table is not None or relative.time.table is not None:
-        half += 0.5 * relative_cells(relative, at[0], at[2], row0, col0, rows, cols, m.length, N, True)
     return half
 
 
 @triton.jit
-def takes_no_weights(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, ones, bias, relative, m, family):
+def takes_no_weights(row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, ones, bias, m, family):
     """Whether every cell of a tile counts as it is; `ones`: whether the mask tensor is all ones there."""
     whole = ones & all_cells_live(row0, col0, ROWS, COLS, m, family)
-    # What a bias holds beyond the sequence may be NaN.
-    if bias is not None or relative.position.table is not None or relative.time.table is not None:
+    if bias is not None:  # what lies beyond the sequence may be NaN there
         whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)
     return whole
 

@@ -19,8 +19,6 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
-from hstu_compile.ops.kernels.relative_bias import RelativeBias
-from hstu_compile.ops.kernels.relative_bias_grad import relative_bias_grads
 from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 from hstu_compile.ops.kernels.slots import Slots, slots_of
 from hstu_compile.ops.kernels.zero_tail import zero_tail
@@ -69,18 +67,15 @@ def backward(
     v: Tensor,
     *,
     needs_bias_grad: bool,
-    needs_position_bias_grad: bool = False,
-    needs_time_bias_grad: bool = False,
     memory: dict[Hashable, Any] | None = None,
     **arguments: Any,
-) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv and, if asked for, the gradients of attn_bias, position_bias and time_bias; see `forward`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
     call = Call(q, k, v, **arguments)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     dout = call.gradients(dout, dq, dk, dv)
     zero_tail((dq, dk, dv), arguments["seq_offsets"])
-    dbias = call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
-    return dq, dk, dv, dbias, *call.relative_grads(dout, needs_position_bias_grad, needs_time_bias_grad)
+    return dq, dk, dv, call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
 
 
 def silu_backward(
@@ -132,12 +127,11 @@ class Call:
         max_attn_len: int,
         min_full_attn_seq_len: int,
         targets_share_position: bool,
-        relative_bias: Any = None,
     ) -> None:
         self.q, self.k, self.v = q, k, v
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
-        has_cells = attn_mask is not None or attn_bias is not None or relative_bias is not None
+        has_cells = attn_mask is not None or attn_bias is not None
         gpu = capability_and_memory(q.device)
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
         self.max_seq_len = max_seq_len
@@ -163,7 +157,6 @@ class Call:
             "max_attn_len": max_attn_len,
             "min_full_attn_seq_len": min_full_attn_seq_len,
         }
-        self.relative_bias = RelativeBias(relative_bias, self.sequences["sequences"], self.num_sequences, max_seq_len)
         self.alpha, self.scale = float(alpha), float(scale)
         self.shared = {
             **self.sequences,
@@ -219,7 +212,6 @@ class Call:
             **self.shared,
             **{name: None if t is None else rows_of(t) for name, t in operands.items()},
             **self.occupied(*((streamed, kept) if by_keys else (kept, streamed)), by_keys=by_keys),
-            relative=self.relative_bias.tiles(*((streamed, kept) if by_keys else (kept, streamed))),
             scale=scale,
             BY_KEYS=by_keys,
             KEPT=kept,
@@ -258,7 +250,6 @@ class Call:
             **self.shared,
             **{name: rows_of(t) for name, t in operands.items()},
             **self.occupied(tile.rows, tile.cols, by_keys=True),
-            relative=self.relative_bias.tiles(tile.rows, tile.cols),
             scale=self.scale,
             ROWS=tile.rows,
             COLS=tile.cols,
@@ -293,23 +284,10 @@ class Call:
                 **lists,
                 **{name: rows_of(t) for name, t in operands.items()},
                 dbias_cells=self.cells(dbias),
-                relative=self.relative_bias.tiles(tile.rows, tile.cols),
                 scale=self.scale,
                 CHUNK=CHUNK,
             )
         return dbias.to(self.attn_bias.dtype)
-
-    def relative_grads(
-        self, dout: Tensor, needs_position: bool, needs_time: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Those of position_bias and time_bias, if asked for."""
-        if not (needs_position or needs_time):
-            return None, None
-        operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
-        operands = {name: rows_of(t) for name, t in operands.items()}
-        bias = self.relative_bias.given
-        wanted = bias.position_bias if needs_position else None, bias.time_bias if needs_time else None
-        return relative_bias_grads(self, launch, self.tiles.relative, operands, wanted)
 
 
 def empty_bias_grad(bias: Tensor) -> Tensor:

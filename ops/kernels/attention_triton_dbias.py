@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from hstu_compile.ops.kernels.attention_tiles import (
-    half_argument,
     load_cells,
     load_chunk,
     locate,
@@ -114,7 +113,6 @@ def dbias_kernel(
     sequences,
     mask,
     bias,
-    relative,
     family,
     N,
     num_heads,
@@ -159,14 +157,12 @@ def dbias_kernel(
         v = load_chunk(v_rows, at, cols, length, i % CHUNKS, CHUNK)
         dp = tl.dot(dout, tl.trans(v), dp, input_precision="ieee")
         if i % CHUNKS == CHUNKS - 1:
+            _, grad = silu_and_grad(scores * (0.5 * alpha) + half_bias, FAST)
+            ds = grad * dp
             m = mask_of(
                 sequences, at[0], length, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len
             )  # fmt: skip
-            cells = rows[:, None], cols[None, :]
-            half = half_argument(scores, 0.5 * alpha, None, relative, at, row0, col0, cells[0], cells[1], m, N)
-            _, grad = silu_and_grad(half + half_bias, FAST)
-            ds = grad * dp
-            if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, relative, m, family):
+            if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, m, family):
                 ds = weighted(ds, weights(mask, at, rows[:, None], cols[None, :], m, family))
             dbias += ds
             scores = tl.zeros((ROWS, COLS), tl.float32)

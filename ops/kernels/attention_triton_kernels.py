@@ -83,7 +83,6 @@ def product_kernel(
     mask_batches,
     mask_heads,
     bias,
-    relative,
     family,
     N,
     num_heads,
@@ -143,12 +142,11 @@ def product_kernel(
         scores = tl.dot(x, tl.trans(y), input_precision="ieee")
         if dx_rows is not None:
             dp = tl.dot(dx, tl.trans(dy), input_precision="ieee")
-            half = half_argument(scores, 0.5 * alpha, bias, relative, at, row0, col0, rows, cols, m, N)
-            _, grad = silu_and_grad(half, FAST)
+            _, grad = silu_and_grad(half_argument(scores, 0.5 * alpha, bias, at, rows, cols, m), FAST)
             p = grad * dp
         else:
-            p = silu(half_argument(scores, 0.5 * alpha, bias, relative, at, row0, col0, rows, cols, m, N), FAST)
-        if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, relative, m, family):
+            p = silu(half_argument(scores, 0.5 * alpha, bias, at, rows, cols, m), FAST)
+        if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, m, family):
             p = weighted(p, weights(mask, at, rows, cols, m, family))
         if dx_rows is not None:
             z = y
@@ -176,7 +174,6 @@ def dk_dv_kernel(
     mask_batches,
     mask_heads,
     bias,
-    relative,
     family,
     N,
     num_heads,
@@ -217,11 +214,9 @@ def dk_dv_kernel(
         dout = load_rows(dout_rows, at, rows, m.length)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        cells = rows[None, :], cols[:, None]
-        half = half_argument(scores, 0.5 * alpha, bias, relative, at, row0, col0, cells[0], cells[1], m, N)
-        p, grad = silu_and_grad(half, FAST)
+        p, grad = silu_and_grad(half_argument(scores, 0.5 * alpha, bias, at, rows[None, :], cols[:, None], m), FAST)
         ds = grad * dp
-        if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, relative, m, family):
+        if not takes_no_weights(row0, col0, ROWS, COLS, ones, bias, m, family):
             weight = weights(mask, at, rows[None, :], cols[:, None], m, family)
             p = weighted(p, weight)
             ds = weighted(ds, weight)

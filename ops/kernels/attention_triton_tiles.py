@@ -25,7 +25,6 @@ class Tiles(NamedTuple):
     dq: Tile  # or dk by itself
     dk_dv: Tile | None  # both in one kernel; None: each by itself
     dbias: Tile
-    relative: Tile = Tile(64, 64, 4, 2)  # of the relative bias's gradient: square
 
 
 # The largest that fit without spilling registers, by compiling for each target (tests/compile_only.py). Triton fetches
@@ -83,6 +82,4 @@ def tiles_for(
     else:
         by_dim = HALF[max(memory for memory in HALF if memory <= shared_memory)]
     tiles = by_dim[min(dim for dim in by_dim if dim >= head_dim)]
-    if dtype == torch.float32:
-        tiles = tiles._replace(relative=Tile(32, 32, 4, 1))
     return tiles._replace(dbias=tiles.dbias._replace(num_stages=1)) if DBIAS_IN_ONE_STAGE else tiles

@@ -1,8 +1,7 @@
 """From q, k, v to a: heads, products, scale, activation, and where mask, bias and divisor stand among them."""
 
 from tests.spelled.author import Author
-from tests.spelled.bias import write_bias
-from tests.spelled.masks import align, mask_scores, mask_weights, write_divisor, write_mask
+from tests.spelled.masks import align, mask_scores, mask_weights, write_bias, write_divisor, write_mask
 
 SILU = (
     "F.silu({})",

@@ -194,6 +194,64 @@ def mask_weights(author: Author, keep: str) -> None:
         author.let("p", author.named("mask after silu", ways).format(m=keep))
 
 
+def write_bias(author: Author) -> tuple[str, str] | None:
+    """A learned bias of the scores and its axes."""
+    kind = author.pick("bias", ["none"] * 4 + ["by position", "by position, embedding", "by time", "by both"])
+    if kind == "none":
+        return None
+    shared = author.heads == 1 or author.sometimes("bias shared by heads", 0.5)
+    result, have = [], ""
+    if kind != "by time":
+        far = author.pick(
+            "distance",
+            [
+                "place[:, None] - place[None, :] + n - 1",
+                "place.view(1, n) - place.view(n, 1) + (n - 1)",
+                "(place.unsqueeze(1) - place).clamp(-3, 3) + 3",
+                "(place.unsqueeze(1) - place).abs()",
+            ],
+        )
+        if kind == "by position, embedding":
+            author.module("near", "nn.Embedding(2 * longest, %s)" % ("1" if shared else "h"))
+            found = f"self.near({far})" + (".squeeze(-1)" if shared else ".permute(2, 0, 1)")
+        else:
+            author.parameter("near", "2 * longest", *([] if shared else ["h"]))
+            looked_up = author.pick(
+                "lookup",
+                ["self.near[{}]", "F.embedding({}, self.near)"]
+                if not shared
+                else ["self.near[{}]", "torch.index_select(self.near, 0, ({}).flatten()).view(n, n)"],
+            )
+            found = looked_up.format(far) + ("" if shared else ".permute(2, 0, 1)")
+        result.append((author.let("by_position", found), "ij" if shared else "hij"))
+    if kind in ("by time", "by both"):
+        bucket = author.pick(
+            "bucket",
+            [
+                "(torch.log2(gap + 1.0) / 2).long().clamp(max=7)",
+                "torch.clamp(gap // 100, 0, 7)",
+                "torch.bucketize(gap, torch.tensor([1, 10, 100, 200]))",
+            ],
+        )
+        author.let(
+            "gap",
+            author.pick(
+                "gap",
+                [
+                    "(times[:, :, None] - times[:, None, :]).abs()",
+                    "(times.unsqueeze(-1) - times.unsqueeze(1)).clamp(min=0)",
+                ],
+            ),
+        )
+        author.parameter("ages", 8, *([] if shared else ["h"]))
+        author.let("by_time", f"self.ages[{bucket}]" + ("" if shared else ".permute(0, 3, 1, 2)"))
+        result.append(("by_time", "bij" if shared else "bhij"))
+    if len(result) == 1:
+        return result[0]
+    (near, have), (age, whole) = result
+    return f"({align(author, near, have, whole)} + {age})", whole
+
+
 def write_divisor(author: Author, scores: str, have: str) -> str | None:
     """What the weights are divided by, as a template of them; `have`: the axes of `keep`, if there is a mask."""
     ways = {
