@@ -5,12 +5,14 @@ edges seen there suggest the parameters, and the family's own formula with these
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from hstu_compile.passes.alike import Alike
 from hstu_compile.passes.contents import assume
 from hstu_compile.passes.index_space_ops import NotUnderstood
 from hstu_compile.passes.mask_fit import Parameters, difference, fit
@@ -50,6 +52,30 @@ def identify(
     if not terms:
         return MaskMeaning(causal=False)
     region = Region(terms, batch_size, num_heads, max_seq_len, seq_offsets, padding_matters)
+    known = _known.setdefault(terms[0].node.graph, _Known())
+    key = known.key(region)
+    if key not in known.meanings:
+        known.meanings[key] = _read(region)
+    return known.meanings[key]
+
+
+class _Known:
+    """What masks of a graph mean: its layers have the same one, each in a view of its own."""
+
+    def __init__(self) -> None:
+        self.meanings: dict[Hashable, MaskMeaning | Opaque] = {}
+        self._alike = Alike()
+
+    def key(self, region: Region) -> Hashable:
+        terms = tuple((self._alike.number(term.node), term.layout, term.role) for term in region.terms)
+        sizes = map(str, (region.batch_size, region.num_heads, region.max_seq_len))
+        return terms, *sizes, region.seq_offsets, region.padding_matters
+
+
+_known: weakref.WeakKeyDictionary[fx.Graph, _Known] = weakref.WeakKeyDictionary()
+
+
+def _read(region: Region) -> MaskMeaning | Opaque:
     # What is evaluated here is small, and must not go where the model's tensors go.
     with torch.no_grad(), torch.device("cpu"):
         try:
