@@ -280,7 +280,8 @@ class JaggedLayout(Layout):
         """[T, H, D]; without a feature [T, H|1, 1]."""
         axes, before = self.axes, self.region.before
         traced = trace(axes, operand.node, operand.dims)
-        dims, pad = axes.resolve(traced.dims), as_padded(traced.node)
+        dims, known = axes.resolve(traced.dims), {pad.node: pad for pad in self.region.pads or ()}
+        pad = known.get(traced.node) or as_padded(traced.node)
         if pad is not None and pad.offsets is self.pad.offsets and dims[0] == self.batch and dims[1] == (tokens,):
             values, rest = pad.values, dims[2:]
         else:
