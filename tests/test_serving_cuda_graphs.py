@@ -95,6 +95,22 @@ def test_pad_slots_write_nowhere(device: str) -> None:
     engine.close()
 
 
+def test_users_come_back_from_the_host(device: str) -> None:
+    """A replay computes with what has been loaded in all layers."""
+    model = Ranking(layers=3, candidates=2).to(device, torch.bfloat16)
+    traffic = Traffic(model, device)
+    engine = engine_of(model, num_pages=12, host=1 << 24)
+    for _ in range(3):
+        for user in "abcde":
+            args = traffic.request([user], [40], [2])
+            traffic.check(engine([user], *args), args)
+        assert engine._cache is not None and engine._cache.host is not None
+        engine._cache.host.drain()
+    assert engine._cache.counters["host"].hits >= 5
+    assert engine._graphs is not None and engine._graphs.launches == 0
+    engine.close()
+
+
 def test_weights_in_place(device: str) -> None:
     model = Ranking(layers=2).to(device, torch.bfloat16)
     traffic, engine = Traffic(model, device), engine_of(model)

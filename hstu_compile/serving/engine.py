@@ -192,10 +192,13 @@ class Engine:
         begins = np.concatenate([[0], np.cumsum(new)])
         rows = np.arange(begins[-1]) + np.repeat(request.offsets[:-1] + cached - begins[:-1], new)
         plan = Plan(rows, begins, np.asarray(cached))
-        is_loading = "host" in batch.tiers  # then layer by layer
-        size = self._graphs.size(request, plan) if self._graphs is not None and not is_loading else None
+        is_loading = "host" in batch.tiers
+        size = self._graphs.size(request, plan) if self._graphs is not None else None
         if size is not None:
             assert self._graphs is not None
+            # A graph can't wait in its midst. After the last layer's copy it still costs less than launching layers.
+            for layer in range(self._step.geometry.num_layers if is_loading else 0):
+                batch.wait_layer(layer)
             outputs = self._step.cut(self._graphs.replay(size, request, plan), request, len(rows))
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in outputs]
         else:
