@@ -182,8 +182,8 @@ def test_the_lists_of_a_mask_are_compiled_once_for_all_sizes() -> None:
         ({}, None),
         ({"capability": (7, 5)}, "compute capability 8.0"),
         ({"dtype": torch.float64}, "float64"),
-        ({"attn_dim": 512}, "attn_dim from 1 to 256, got 512"),
-        ({"hidden_dim": 257}, "hidden_dim from 1 to 256, got 257"),
+        ({"attn_dim": 512}, "attn_dim (of a head of q and k) from 1 to 256, got 512"),
+        ({"hidden_dim": 257}, "hidden_dim (of a head of v) from 1 to 256, got 257"),
         ({"capability": (12, 0), "attn_dim": 256, "dtype": torch.float32, "has_mask": True, "has_bias": True}, None),
     ],
 )
