@@ -23,8 +23,9 @@ from hstu_compile.serving.step import Step
 
 log = logging.getLogger("hstu_compile")
 
-# A package of torch 2.11 hands a dtype to an op by the wrong number, pytorch/pytorch#173562; the output's op has one.
-HAS_DTYPES = not TorchVersion(torch.__version__) < "2.12"
+# A package of torch 2.11 (2.12: not tried) hands a dtype to an op by the wrong number, and the output's op has one:
+# pytorch/pytorch#173562.
+HAS_DTYPES = not TorchVersion(torch.__version__) < "2.13"
 PASSES = ("attention", "uvqk", "output") if HAS_DTYPES else ("attention", "uvqk")
 
 
@@ -79,16 +80,17 @@ def _check_divisors(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=paged_attention.ATTENTION):
         if isinstance(argument(node, 3 + PARAMETERS.index("scaling_seq_len"), "scaling_seq_len"), fx.Node):
             raise RuntimeError(
-                f"fuse: the attention at {source_line(node)} divides by a size that is dynamic, which AOTInductor "
-                "can't pass to an op; expected a number, or that dimension to be static"
+                f"fuse: the attention at {source_line(node)} divides by what is dynamic, which AOTInductor can't "
+                "pass to an op; expected a number, or that size to be static"
             )
 
 
 def step_program(engine: Engine, *args: Any, **kwargs: Any) -> ExportedProgram:
     """What an engine computes for a request, as a program of (pools, plan, args, kwargs).
 
-    pools: of each layer, written in place; plan: `rows`, `row_offsets`, `page_table`, `cached_lengths` and
-    `valid_lengths`, as `paged_attention.INPUTS` has them; it returns what the engine's graph does, in a tuple.
+    pools: one of each layer, of any number of pages, written in place. plan: `rows`, `row_offsets`, `page_table`,
+    `cached_lengths` and `valid_lengths`, as `paged_attention.INPUTS` has them. It returns what the engine's graph does,
+    in a tuple.
 
     Args:
         engine: of which one request was answered.
@@ -96,10 +98,10 @@ def step_program(engine: Engine, *args: Any, **kwargs: Any) -> ExportedProgram:
             device. Its numbers become constants.
 
     Raises:
-        RuntimeError: this torch can't package it, or the engine has captured nothing yet.
+        RuntimeError: packages of this torch can't hold it, or the engine has captured nothing yet.
     """
     if not HAS_DTYPES:
-        raise RuntimeError(f"step_program: torch is {torch.__version__}, expected 2.12 or later")
+        raise RuntimeError(f"step_program: torch is {torch.__version__}, expected 2.13 or later")
     step = engine._step
     if step is None:
         raise RuntimeError("step_program: the engine has answered no request, expected one at least")
@@ -113,24 +115,23 @@ def step_program(engine: Engine, *args: Any, **kwargs: Any) -> ExportedProgram:
         known = shape(sizes[id(x)]) if id(x) in sizes else x.shape
         return {dim: Dim.DYNAMIC for dim, size in enumerate(known) if not isinstance(size, int)}
 
-    shapes = ([None] * len(pools), [{0: Dim.DYNAMIC}] * len(plan), *pytree.tree_map(dynamic, (args, kwargs)))
+    of_pages, of_plan = ([{0: Dim.DYNAMIC}] * len(given) for given in (pools, plan))
+    shapes = (of_pages, of_plan, *pytree.tree_map(dynamic, (args, kwargs)))
     with torch.no_grad():
         return torch.export.export(_Step(step), (pools, plan, args, kwargs), dynamic_shapes=shapes)
 
 
 def _example(step: Step, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Pools and a plan of which only the sizes matter: two are equal only where they always are."""
+    """Pools of any number of pages, and a plan, of which only the sizes matter."""
     offsets = step.offsets(inputs)
     tokens, batch = int(offsets[-1]), len(offsets) - 1
     sizes = (tokens + 1, batch + 1, batch, batch, batch)
     nodes = placeholders(step.graph)[-len(sizes) :]
-    plan = [value(node).dtype for node in nodes]
-    widths = [shape(node)[1:] for node in nodes]
-    made = [
-        torch.zeros(n, *rest, dtype=dtype, device=step.device)
-        for n, rest, dtype in zip(sizes, widths, plan, strict=True)
+    plan = [
+        torch.zeros(n, *shape(node)[1:], dtype=value(node).dtype, device=step.device)
+        for n, node in zip(sizes, nodes, strict=True)
     ]
-    return [pool.clone() for pool in _pools(step.graph).values()], made
+    return [pool.new_zeros(2, *pool.shape[1:]) for pool in _pools(step.graph).values()], plan
 
 
 def _pools(gm: fx.GraphModule) -> dict[str, Tensor]:

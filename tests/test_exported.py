@@ -115,11 +115,14 @@ def test_a_package_in_a_fresh_process(name: str, tmp_path: Path) -> None:
     case = MODELS[name]
     model, sizes = case.model(), [case.arguments(n) for n in SIZES]
     path = package(hstu_compile.fuse(export_case(model, *sizes[1:3])), tmp_path)
-    for ours, args in zip(run_elsewhere(path, sizes, tmp_path), sizes, strict=True):
+    other = tuple(x if isinstance(x, Tensor) else x + 1 for x in sizes[0])
+    *results, of_other = run_elsewhere(path, [*sizes, other], tmp_path)
+    for ours, args in zip(results, sizes, strict=True):
         check(ours, model, args)
+    assert torch.equal(of_other, results[0])  # a package takes no notice of another number
 
 
-needs_dtypes = pytest.mark.skipif(not exported.HAS_DTYPES, reason="a dtype reaches an op of a package since torch 2.12")
+needs_dtypes = pytest.mark.skipif(not exported.HAS_DTYPES, reason="a dtype reaches an op of a package in torch 2.13")
 
 
 @needs_dtypes
@@ -162,7 +165,7 @@ class Divided(nn.Module):
 
 def test_what_a_package_cannot_hold_is_refused() -> None:
     x, y = torch.randn(2, 5, 8), torch.randn(3, 7, 8)
-    with pytest.raises(RuntimeError, match=r"test_exported.py:\d+: weights = .*divides by a size that is dynamic"):
+    with pytest.raises(RuntimeError, match=r"test_exported.py:\d+: weights = .*divides by what is dynamic"):
         hstu_compile.fuse(export_case(Divided(), (x,), (y,)))
     hstu_compile.fuse(export_case(Divided(), (x,), (y[:, :5],)))
     with pytest.raises(RuntimeError, match="no attention was fused"):
@@ -180,5 +183,5 @@ def test_dtypes_are_still_checked() -> None:
 
 def test_an_engine_that_has_captured_nothing() -> None:
     engine = hstu_compile.serve(Ranking().eval(), max_batch=2, max_seq_len=MAX_SEQ_LEN)
-    with pytest.raises(RuntimeError, match="answered no request" if exported.HAS_DTYPES else "torch is 2.11"):
+    with pytest.raises(RuntimeError, match="answered no request" if exported.HAS_DTYPES else "torch is 2"):
         step_program(engine)
