@@ -71,7 +71,7 @@ class Ledger:
                 expect(f"tokens cached of {key} on the GPU", cached, valid)
             expect(f"tokens of {key} in the pages", self.cache.gpu.lookup(key), history)
             self.tiers[tier] += 1
-            self._users_made += tier != "gpu"
+            self._users_made += tier != "gpu" and history > 0
             self._computed += history - cached
             self._valid[key] = history
         self._check_pages()

@@ -45,11 +45,11 @@ class Traffic:
         self, seed: int, num_users: int, zipf: float, max_batch: int, max_seq_len: int, num_layers: int, faults: float
     ) -> None:
         self.max_batch, self.max_seq_len, self.num_layers, self.faults = max_batch, max_seq_len, num_layers, faults
-        self.max_targets = max(1, max_seq_len // 8)
+        self.max_targets = max(2, max_seq_len // 8)
         self.max_history = max_seq_len - self.max_targets
         self._rng, self._generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self._weights = list(itertools.accumulate(rank**-zipf for rank in range(1, num_users + 1)))
-        self.histories = [self._items(self._rng.randint(2, self.max_history)) for _ in range(num_users)]
+        self.histories = [self._items(self._rng.randint(0, self.max_history)) for _ in range(num_users)]
 
     def request(self) -> Request:
         rng = self._rng
@@ -59,7 +59,7 @@ class Traffic:
             users |= dict.fromkeys(rng.choices(range(len(self.histories)), cum_weights=self._weights))
         changed = [user for user in users if self._goes_on(user)]
         histories = [self.histories[user] for user in users]
-        targets = [rng.randint(0, self.max_targets) for _ in users]
+        targets = [rng.randint(0 if len(h) > 1 else 2, self.max_targets) for h in histories]  # no sequence is empty
         lengths = [len(h) + n for h, n in zip(histories, targets, strict=True)]
         offsets = torch.tensor([0, *itertools.accumulate(lengths)])
         pieces = [x for h, n in zip(histories, targets, strict=True) for x in (h, self._items(n))]
@@ -75,7 +75,7 @@ class Traffic:
         more = rng.choice([0, 0, 1, 1, 2, 3, max(1, self.max_seq_len // 16)])
         is_another = rng.random() < FORGOTTEN
         if is_another:
-            history = self._items(rng.randint(2, self.max_history))
+            history = self._items(rng.choice([0, rng.randint(0, self.max_history)]))
         if len(history) + more > self.max_history:
             history, is_another = history[len(history) // 2 :], True
         self.histories[user] = torch.cat([history, self._items(more)])

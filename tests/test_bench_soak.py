@@ -17,7 +17,7 @@ from hstu_compile.serving import Engine
 from hstu_compile.serving import engine as engine_module
 
 SMALL = (
-    "--device cpu --users 60 --num-layers 1 --max-batch 3 --max-seq-len 48 --check-every 5 --reload-every 60 "
+    "--device cpu --users 60 --num-layers 1 --max-batch 3 --max-seq-len 48 --check-every 5 --reload-every 40 "
     "--faults 0.3 --settled"
 ).split()
 TIMES = {"seconds", "requests_per_s", "p50_ms", "p99_ms"}
@@ -32,13 +32,13 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_seed_is_a_run(tmp_path: Path) -> None:
     results, runs = tmp_path / "soak.json", []
     for _ in range(2):
-        row = soak.main([*SMALL, "--requests", "150", "--json", str(results)])
+        row = soak.main([*SMALL, "--requests", "100", "--json", str(results)])
         assert json.loads(results.read_text())["benchmarks"][0]["extra_info"] == row
         assert row["p99_ms"] >= row["p50_ms"] > 0
         runs.append({name: value for name, value in row.items() if name not in TIMES})
     assert runs[0] == runs[1]
     row = runs[0]
-    assert row["requests"] == 150 and row["samples"] == 30 and row["reloads"] == 2
+    assert row["requests"] == 100 and row["samples"] == 20 and row["reloads"] == 2
     assert all(row[name] > 0 for name in ("gpu_hit_rate", "host_hit_rate", "miss_rate", "histories_changed"))
     assert row["gpu_evictions"] and row["host_evictions"] and row["failures"] >= row["reads_failed"] > 0
     assert 0 < row["worst_of_budget"] <= 1
@@ -50,10 +50,10 @@ def test_the_time_is_bounded() -> None:
 
 def test_every_fault_and_every_kind_of_history_comes() -> None:
     traffic = Traffic(0, num_users=60, zipf=1.0, max_batch=3, max_seq_len=48, num_layers=2, faults=0.3)
-    requests = [traffic.request() for _ in range(500)]
+    requests = [traffic.request() for _ in range(3000)]
     assert {r.fault.kind for r in requests if r.fault} == {"raises", "damaged", "short", "late"}
     assert any(r.changed for r in requests) and {len(r.users) for r in requests} == {1, 2, 3}
-    assert min(n for r in requests for n in r.targets) == 0 and max(h for r in requests for h in r.histories) == 42
+    assert {0, 42} <= {n for r in requests for n in r.histories} and 0 in {n for r in requests for n in r.targets}
     for users, histories, targets, (items, offsets, counts, longest), _, _ in requests:
         lengths = [h + n for h, n in zip(histories, targets, strict=True)]
         assert len(set(users)) == len(users) and offsets.diff().tolist() == lengths and len(items) == sum(lengths)
