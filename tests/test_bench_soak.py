@@ -45,7 +45,7 @@ def test_a_seed_is_a_run(tmp_path: Path) -> None:
 
 
 def test_the_time_is_bounded() -> None:
-    assert soak.main([*SMALL, "--requests", "1000000", "--seconds", "2"])["requests"] < 1_000_000
+    assert soak.main([*SMALL, "--requests", "1000000", "--seconds", "0"])["requests"] == 1
 
 
 def test_every_fault_and_every_kind_of_history_comes() -> None:
