@@ -148,14 +148,14 @@ class Uncached:
     def __init__(self, model: nn.Module, max_history: int, max_seq_len: int, device: torch.device) -> None:
         self.model, self.device, self.max_seq_len = model, device, max_seq_len
         self.samples, self.worst = 0, 0.0  # error over budget
-        self._sizes = [1, 2, 3] * 4 + [max_history]
+        self._sizes = [1, 2, 3] * 8 + [max_history // 2, max_history] * 8
         self.reloaded()
 
     def reloaded(self) -> None:
         """The model has new weights.
 
         Of few numbers eager may happen to get all right, and products of few rows lose more: eager's error is that of
-        requests of many sizes besides.
+        requests of many sizes besides, and of the samples before.
         """
         self._exact = copy.deepcopy(self.model).double()
         generator = torch.Generator().manual_seed(0)
@@ -169,9 +169,10 @@ class Uncached:
         """Raises:
         Violation
         """
-        eager, exact = (x[answer.rows.to(self.device)] for x in self._both(request.arguments))
-        pairs = zip((answer.output, eager, exact), (self._others[0], *self._others), strict=True)
-        ours, eager, exact = (torch.cat(pair) for pair in pairs)
+        both, rows = self._both(request.arguments), answer.rows.to(self.device)
+        ours = torch.cat([answer.output, self._others[0]])
+        self._others = [torch.cat([x[rows], other]) for x, other in zip(both, self._others, strict=True)]
+        eager, exact = self._others
         figures = figures_of(("answer", ours), ("eager", eager), ("output", exact), FORWARD)
         if not figures.fits:
             raise Violation(f"the answer is not that of the model without a cache\n{figures}")
