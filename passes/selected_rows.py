@@ -154,9 +154,10 @@ class Selection:
     def cell_of(self, offsets: fx.Node, row: fx.Node) -> Index:
         """(sequence, position) of rows of a jagged layout."""
         if (offsets, row) not in self._cells:
-            ends = self.call(row, aten.slice.Tensor, (offsets, 0, 1))
-            last = self.call(row, operator.sub, (self.call(row, aten.sym_size.int, (ends, 0)), 1))
-            sequence = self.call(row, aten.bucketize.Tensor, (row, ends), {"right": True})
+            last = self.call(row, operator.sub, (self.call(row, aten.sym_size.int, (offsets, 0)), 2))
+            # All offsets, not a slice of them: see searched_lists.
+            sequence = self.call(row, aten.bucketize.Tensor, (row, offsets), {"right": True})
+            sequence = self.call(row, aten.sub.Tensor, (sequence, 1))
             sequence = self.call(row, aten.clamp.default, (sequence, None, last))  # rows of no sequence
             begin = self.call(row, aten.index.Tensor, (offsets, [sequence]))
             position = self.call(row, aten.sub.Tensor, (row, begin))

@@ -149,6 +149,17 @@ def test_what_mixes_rows(name: str) -> None:
     assert "test_selected_rows.py" in str(error.value) or "unknown source" in str(error.value)
 
 
+def test_no_slice_is_searched() -> None:
+    """Inductor reads a slice from where its memory begins: see searched_lists."""
+
+    def function(x: Tensor, ids: Tensor, offsets: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return ROW_WISE["dense and back"](x, ids, offsets, w, t).relu()
+
+    gm, _, _ = selected(function)
+    searched = [n.args[1] for n in gm.graph.find_nodes(op="call_function", target=aten.bucketize.Tensor)]
+    assert searched and all(node.op == "placeholder" for node in searched)
+
+
 def test_rows_before_may_be_mixed() -> None:
     """What no chosen row goes into is whole: picking rows of it is exact, and said if it costs."""
 
