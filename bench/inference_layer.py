@@ -1,10 +1,10 @@
 """The HSTU block in inference: how much a cache of keys and values saves, by cached tokens, batch and CUDA graphs.
 
-    python -m bench.inference_layer --batch 1 8 --seq-len 2048 --cached 0 1024 1920 --candidates 0 64
+    python -m bench.inference_layer --batch 1 8 --seq-len 2048 --cached 0 0.5 0.9375 --candidates 0 64
 
 `native` is the unmodified block of bench/native_jagged.py, eager; `fused` the same through hstu_compile.backend; both
 compute every token of every request. `cached` is the same block through hstu_compile.serve, which computes new tokens.
-A request is whole sequences, of which `cached` tokens were there in an earlier one. `ms` is what the GPU works on a
+A request is whole sequences, of which a share, `cached`, was there in an earlier one. `ms` is what the GPU works on a
 request, p50 and p99 are from a request to its answer, host included.
 """
 

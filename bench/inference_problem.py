@@ -15,6 +15,7 @@ import hstu_compile
 from bench.clock import Clock, Time, rest
 from bench.native_jagged import HSTUBlock, Ranker
 from bench.tables import write
+from hstu_compile.serving import cuda_graphs
 
 NUM_ITEMS = 100_000
 
@@ -120,18 +121,10 @@ def _synchronize(device: torch.device) -> None:
 
 def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The call, whose tensors stay where they are, as a replayed CUDA graph; itself where there is no GPU."""
-    if device.type != "cuda":
+    if not cuda_graphs.supported(device):
         return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    replay, *_ = cuda_graphs.record(lambda: [call()], pool=None)
+    return replay
 
 
 def engine_of(model: nn.Module, shape: Shape, grid: Sequence[tuple[int, int]], **options: Any) -> Any:

@@ -9,11 +9,9 @@ pages; a batch of 1: 128 and 256.
 
 import argparse
 import contextlib
-import datetime
 import functools
 import importlib
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from bench.attention_problem import live_cells
 from bench.launches import Call, Recorder, interleaved
 from bench.show import table
+from bench.tables import write
 from hstu_compile.ops import append_kv, hstu_attention, kernel_table, paged_hstu_attention
 from hstu_compile.ops.paged_validation import PAGE_SIZES
 
@@ -152,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--page-sizes", type=int, nargs="+", default=list(PAGE_SIZES))
-    parser.add_argument("--out", help="write the results here, as pytest-benchmark does")
+    parser.add_argument("--out", type=Path, help="write the results here, as pytest-benchmark does")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     rows = [
@@ -172,15 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table((*keys, *figures), shown))
     if given.out:
         gpu = torch.cuda.get_device_name() if CUDA else "cpu"
-        run = {
-            "datetime": datetime.datetime.now().isoformat(),
-            "machine_info": {"gpu": gpu, "torch": torch.__version__},
-        }
-        run["benchmarks"] = [
-            {"name": "-".join(str(row[key]) for key in keys), "stats": {"median": row["ms"] / 1e3}, "extra_info": row}
-            for row in rows
-        ]
-        Path(given.out).write_text(json.dumps(run, indent=1))
+        versions = {"gpu": gpu, "torch": torch.__version__}
+        write(given.out, "bench.paged_attention", [row | versions for row in rows])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hstu_compile.passes.graph import attribute
+
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """The nodes and all that they are computed from, as far as `stop`."""
@@ -44,9 +46,7 @@ def evaluate(nodes: Iterable[fx.Node], given: Mapping[fx.Node, Any]) -> list[Any
 
 def _value(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
-        found: Any = node.graph.owning_module
-        for name in str(node.target).split("."):
-            found = getattr(found, name)
+        found = attribute(node)
         return found.cpu() if isinstance(found, Tensor) else found
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
     if "device" in kwargs:

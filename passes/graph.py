@@ -82,7 +82,7 @@ def number(arg: Any) -> float | int | None:
     if not isinstance(arg, fx.Node):
         return None
     if arg.op == "get_attr":
-        constant = _attribute(arg)
+        constant = attribute(arg)
         if isinstance(constant, FakeTensor):
             constant = constant.constant
         known = (
@@ -119,7 +119,8 @@ _KEEPS_VALUE = {
 }
 
 
-def _attribute(node: fx.Node) -> Any:
+def attribute(node: fx.Node) -> Any:
+    """What a get_attr node stands for."""
     target: Any = node.graph.owning_module
     for name in str(node.target).split("."):
         target = getattr(target, name)
@@ -135,7 +136,7 @@ def may_require_grad(node: fx.Node) -> bool:
             continue
         seen.add(node)
         if node.op == "get_attr":
-            if getattr(_attribute(node), "requires_grad", False):
+            if getattr(attribute(node), "requires_grad", False):
                 return True
         elif node.op == "placeholder":
             given = node.meta.get("example_value", value(node))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from hstu_compile.passes.contents import content
+from hstu_compile.passes.graph import attribute
 from hstu_compile.passes.index_space_ops import (
     PARTS,
     UNTAGGED_POINTWISE,
@@ -212,9 +213,7 @@ class IndexSpace:
 
 
 def _constant(node: fx.Node) -> Tensor:
-    value: Any = node.graph.owning_module
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
+    value = attribute(node)
     if isinstance(value, torch.nn.Parameter) or not isinstance(value, Tensor):
         raise ValueError("a parameter's value is not known here")
     return value.detach().cpu()
