@@ -123,8 +123,7 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The call, whose tensors stay where they are, as a replayed CUDA graph; itself where there is no GPU."""
     if not cuda_graphs.supported(device):
         return call
-    replay, *_ = cuda_graphs.record(lambda: [call()], pool=None)
-    return replay
+    return cuda_graphs.record(lambda: [call()]).replay
 
 
 def engine_of(model: nn.Module, shape: Shape, grid: Sequence[tuple[int, int]], **options: Any) -> Any:

@@ -50,11 +50,11 @@ def paged_hstu_attention_reference(
     **others,
 ) -> Tensor:
     """Arguments as in `hstu_compile.ops.paged_hstu_attention`: unpaged attention of whole, contiguous sequences."""
-    whole = [q.new_zeros(cached_lengths.numel(), max_seq_len, *q.shape[1:]) for _ in range(3)]
+    lengths = cached_lengths + seq_offsets.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0  # max_seq_len may be far above it
+    whole = [q.new_zeros(lengths.numel(), longest, *q.shape[1:]) for _ in range(3)]
     queries, keys, values = whole
-    sequence, position = torch.nonzero(
-        torch.arange(max_seq_len, device=q.device) < cached_lengths[:, None], as_tuple=True
-    )
+    sequence, position = torch.nonzero(torch.arange(longest, device=q.device) < cached_lengths[:, None], as_tuple=True)
     page_size = pool.shape[2]
     page = page_table[sequence, position // page_size].long()
     keys[sequence, position] = pool[page, 0, position % page_size]
@@ -62,8 +62,7 @@ def paged_hstu_attention_reference(
     row, sequence, position = places(seq_offsets, cached_lengths, q.shape[0])
     for new, padded in zip((q, k, v), whole, strict=True):
         padded[sequence, position] = new[row]
-    lengths = cached_lengths + seq_offsets.diff()
-    padded_out = hstu_attention_reference(queries, keys, values, seq_lengths=lengths, max_seq_len=max_seq_len, **others)
+    padded_out = hstu_attention_reference(queries, keys, values, seq_lengths=lengths, max_seq_len=longest, **others)
     out = q.new_zeros(q.shape)
     out[row] = padded_out[sequence, position]
     return out

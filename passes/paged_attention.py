@@ -75,8 +75,11 @@ def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
             selection.call(node, WAIT, (pool, layer))
             selection.call(node, APPEND, (pool, k, v, inputs["row_offsets"], inputs["written"], lengths, targets))
             where = (inputs["page_table"], lengths)
-            mask = [selection.whole(x) if isinstance(x, fx.Node) else x for x in list(a.values())[10:]]
-            return selection.call(node, PAGED, (q, k, v, pool, *where, inputs["row_offsets"], targets, None, *mask))
+            # What the caller gives as the longest length may be another at every call: here it is what pages can hold.
+            longest = max_pages * pools[0].shape[2]
+            mask = [selection.whole(x) if isinstance(x, fx.Node) else x for x in list(a.values())[11:]]
+            sequences = (inputs["row_offsets"], targets, None, longest)
+            return selection.call(node, PAGED, (q, k, v, pool, *where, *sequences, *mask))
 
         return replace
 

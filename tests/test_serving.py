@@ -222,13 +222,27 @@ def test_numbers_that_keys_depend_on_stay(eager: None) -> None:
     assert "must be the same in every request" in engine.report()
 
 
+def test_first_requests_of_one_token(eager: None) -> None:
+    """The model answers them itself: they can't be captured."""
+    model = Ranking(layers=1)
+    traffic, engine = Traffic(model), serve(model)
+    for users, histories, targets in (
+        (["a"], [1], [0]),
+        (["b"], [0], [1]),
+        (["a", "b"], [4, 3], [1, 0]),
+        (["a"], [5], [0]),
+    ):
+        args = traffic.request(users, histories, targets)
+        traffic.check(engine(users, *args), args)
+    assert engine._cache is not None and engine._cache.counters["gpu"].hits == 1
+    engine.close()
+
+
 def test_errors(eager: None) -> None:
     """Nothing has changed after one."""
     model = Ranking(times=True, layers=1)
     traffic, engine = Traffic(model), serve(model)
     ids, offsets, targets, n, times = args = traffic.request(["a"], [3], [1])
-    with pytest.raises(ValueError, match="the first request has 1 token, expected two at least"):
-        engine(["a"], ids[:1], torch.tensor([0, 1]), targets, n, times[:1])
     engine(["a"], *args)
     for users, wrong, message in (
         (["a", "b"], args, "users has 2 names, expected 1, one for each sequence"),

@@ -1,20 +1,39 @@
 """Requests that replay CUDA graphs: the same answers, and pad slots that write nowhere."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hstu_compile
+from bench.native_jagged import HSTUBlock, Ranker
+from hstu_compile.ops import waiting
 from hstu_compile.serving import Engine, cuda_graphs
 from hstu_compile.serving import engine as engine_module
-from tests.models.ranking import Ranking
+from tests.models.ranking import ITEMS, Ranking
 from tests.serving_traffic import MAX_SEQ_LEN, Traffic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SIZES = [(2, 16), (4, 64)]
+
+
+class Called:
+    """What stands for a recording on the CPU."""
+
+    bytes = 0
+
+    def __init__(self, launch: Callable[[], Sequence[Any]], pool: Any, by_layers: bool = False) -> None:
+        self._launch, self._by_layers = launch, by_layers
+        self.outputs = [x.clone() if isinstance(x, Tensor) else x for x in launch()]
+
+    def replay(self, wait: Callable[[int], None] | None = None) -> None:
+        assert self._by_layers == (wait is not None)
+        with waiting(wait) if wait is not None else contextlib.nullcontext():
+            for static, x in zip(self.outputs, self._launch(), strict=True):
+                static.copy_(x)
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
@@ -24,17 +43,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield "cuda"
         return
 
-    def record(launch: Callable[[], Sequence[Any]], pool: Any) -> tuple[Callable[[], None], Sequence[Any], int]:
-        outputs = [x.clone() if isinstance(x, Tensor) else x for x in launch()]
-
-        def replay() -> None:
-            for static, x in zip(outputs, launch(), strict=True):
-                static.copy_(x)
-
-        return replay, outputs, 0
-
+    monkeypatch.setattr(cuda_graphs, "record", Called)
     monkeypatch.setattr(cuda_graphs, "supported", lambda device: True)
-    monkeypatch.setattr(cuda_graphs, "record", record)
     monkeypatch.setattr(engine_module, "compiled", lambda step: step.graph.forward)
     yield "cpu"
 
@@ -44,7 +54,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def engine_of(model: Ranking, **options: Any) -> Engine:
+def engine_of(model: nn.Module, **options: Any) -> Engine:
     options = {"max_batch": 4, "max_seq_len": MAX_SEQ_LEN, "page_size": 16, "cuda_graphs": SIZES} | options
     return hstu_compile.serve(model.eval(), **options)
 
@@ -118,4 +128,22 @@ def test_weights_in_place(device: str) -> None:
         args = traffic.request(["a"], [9], [1])
         traffic.check(engine(["a"], *args), args)
         engine.reload({key: x * 1.2 for key, x in model.state_dict().items()})
+    engine.close()
+
+
+class Untimed(Ranker):
+    def forward(self, items: Tensor, offsets: Tensor, num_targets: Tensor, max_seq_len: int, times: Tensor) -> Tensor:
+        return super().forward(items, offsets, num_targets, max_seq_len)
+
+
+def test_numbers_that_no_graph_reads(device: str) -> None:
+    """The longest length is another in every request: the same graph answers."""
+    block = HSTUBlock(num_layers=2, embedding_dim=16, num_heads=2, head_dim=8, scaling_seq_len=MAX_SEQ_LEN)
+    model = Untimed(block, ITEMS, MAX_SEQ_LEN + 1, embedding_dim=16).to(device, torch.bfloat16)
+    traffic, engine = Traffic(model, device), engine_of(model)
+    for history in (9, 12, 15):
+        ids, offsets, targets, _, times = traffic.request(["a"], [history], [2])
+        args = ids, offsets, targets, history + 2, times
+        traffic.check(engine(["a"], *args), args)
+    assert engine._graphs is not None and (engine._graphs.replays, engine._graphs.launches) == (3, 0)
     engine.close()

@@ -1,5 +1,6 @@
 """CUDA graphs of a step, one for each size of a grid; a request replays the smallest that holds it."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hstu_compile.kv_cache import KVCache
+from hstu_compile.ops import waiting
+from hstu_compile.serving.staging import Staging
 from hstu_compile.serving.step import Request, Step
 
 if TYPE_CHECKING:
@@ -18,42 +21,81 @@ if TYPE_CHECKING:
 log = logging.getLogger("hstu_compile")
 
 Size = tuple[int, int]  # users, new tokens
+STAGED_BYTES = 1 << 20  # of an input at most: larger ones are copied by themselves, as much of them as there is
 
 
 def supported(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(launch: Callable[[], Sequence[Any]], pool: Any) -> tuple[Callable[[], None], Sequence[Any], int]:
-    """A CUDA graph of a launch, as (replay, what it writes to, bytes that it has reserved)."""
+@dataclass
+class Recording:
+    """A launch as CUDA graphs, which write to `outputs`."""
+
+    graphs: list[torch.cuda.CUDAGraph]
+    layers: list[int]  # before each graph but the first, the layer that it reads first
+    outputs: Sequence[Any]
+    bytes: int  # that are reserved for them
+
+    def replay(self, wait: Callable[[int], None] | None = None) -> None:
+        """wait(layer): before what reads the pages of a layer, where the recording is by layers."""
+        self.graphs[0].replay()
+        for layer, graph in zip(self.layers, self.graphs[1:], strict=True):
+            assert wait is not None
+            wait(layer)
+            graph.replay()
+
+
+def record(launch: Callable[[], Sequence[Any]], pool: Any = None, by_layers: bool = False) -> Recording:
+    """Record a launch.
+
+    Args:
+        by_layers: as one graph up to each `wait_layer` in it, as no graph can wait in its midst.
+    """
     reserved, side = torch.cuda.memory_reserved(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):  # compiles
             launch()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # the cache has threads
-        outputs = launch()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    graphs, layers = list[torch.cuda.CUDAGraph](), list[int]()
+
+    def begin() -> None:
+        graphs.append(torch.cuda.CUDAGraph())
+        graphs[-1].capture_begin(pool, capture_error_mode="thread_local")  # the cache has threads
+
+    @torch.compiler.disable
+    def cut(layer: int) -> None:
+        graphs[-1].capture_end()
+        layers.append(layer)
+        begin()
+
     torch.cuda.synchronize()
-    return graph.replay, outputs, torch.cuda.memory_reserved() - reserved
+    with torch.cuda.stream(side), waiting(cut) if by_layers else contextlib.nullcontext():
+        begin()
+        try:
+            outputs = launch()
+        finally:
+            graphs[-1].capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    return Recording(graphs, layers, outputs, torch.cuda.memory_reserved() - reserved)
 
 
 @dataclass
 class _Recorded:
-    replay: Callable[[], None]
+    whole: Recording
+    by_layers: Recording | None  # where there is a host to load from
     inputs: list[Any]  # the model's, tensors with addresses of their own
-    plan: tuple[Tensor, ...]  # rows, row_offsets, cached_lengths
-    outputs: Sequence[Any]
+    staged: list[int]  # which of them go with the staging
+    staging: Staging  # of these, and of rows, row_offsets and cached_lengths
     seconds: float
-    bytes: int
 
 
 class CudaGraphs:
     """Recorded when a request first needs them, of one memory pool: two of them never run at a time.
 
-    A graph is of the caller's numbers and of sizes other than tokens and sequences as they were when it was recorded:
-    requests with others are launched. Where recording fails, the sizes are launched too, and `words` says why.
+    A graph is of the numbers that it reads, and of sizes other than tokens and sequences, as they were when it was
+    recorded: requests with others are launched. So are all of a size that can't be recorded, and `words` says why.
     """
 
     def __init__(
@@ -78,42 +120,72 @@ class CudaGraphs:
             if found not in self._recorded:
                 self._recorded[found] = self._record(found, request, plan)
             recorded = self._recorded[found]
-            if isinstance(recorded, str) or not self._step.fits(recorded.inputs, request.inputs):
+            if isinstance(recorded, str) or not self._step.padding.fits(recorded.inputs, request.inputs):
                 found = None
         self.replays += found is not None
         self.launches += found is None
         return found
 
-    def replay(self, size: Size, request: Request, plan: "Plan") -> Sequence[Any]:
-        """The outputs of the size's graph; the next replay overwrites them."""
+    def replay(
+        self, size: Size, request: Request, plan: "Plan", wait: Callable[[int], None] | None = None
+    ) -> Sequence[Any]:
+        """The outputs of the size's graphs; the next replay overwrites them.
+
+        Args:
+            wait: for what is loaded of a layer.
+        """
         recorded = self._recorded[size]
         assert isinstance(recorded, _Recorded)
-        users, tokens = size
-        self._step.fill(recorded.inputs, request.inputs, users * self._max_seq_len)
-        for static, given in zip(recorded.plan, plan.tensors(tokens, users + 1, self._step), strict=True):
-            static.copy_(given, non_blocking=True)
-        recorded.replay()
-        return recorded.outputs
+        padding, tokens = self._step.padding, size[0] * self._max_seq_len
+        rooms = recorded.staging.rooms()
+        plan.fill(rooms[len(recorded.staged) :])
+        on_host = dict(zip(recorded.staged, rooms, strict=False))
+        rest = []
+        for i, given in enumerate(request.inputs):
+            if i in on_host and not given.is_cuda:
+                padding.fill(i, on_host[i], given, tokens)
+            elif isinstance(given, Tensor):
+                rest.append(i)
+        recorded.staging.send()
+        for i in rest:
+            padding.fill(i, recorded.inputs[i], request.inputs[i], tokens)
+        recording = recorded.whole
+        if wait is not None:
+            assert recorded.by_layers is not None
+            recording = recorded.by_layers
+        recording.replay(wait)
+        return recording.outputs
 
     def _record(self, size: Size, request: Request, plan: "Plan") -> _Recorded | str:
-        """A graph of no new rows: recording computes, and writes nowhere."""
+        """Graphs of no new rows: recording computes, and writes nowhere."""
         begin, device = time.perf_counter(), self._step.device
         users, tokens = size
         sequences, all_tokens = users + 1, users * self._max_seq_len  # the last sequence is padding
-        padded = self._step.pad(request.inputs, all_tokens, sequences)
+        padded = self._step.padding.pad(request.inputs, all_tokens, sequences)
         if self._step.offsets(padded)[-1] != all_tokens:
             return "the model takes lengths, expected offsets: padding would belong to no sequence"
-        inputs = self._step.blank(padded)
-        static = tuple(x.to(device).zero_() for x in plan.tensors(tokens, sequences, self._step))
-        rows, begins, cached = static
+        inputs = self._step.padding.blank(padded)
+        staged = [
+            i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_cuda and x.nbytes <= STAGED_BYTES
+        ]
+        blank_plan = [x.zero_() for x in plan.tensors(tokens, sequences, self._step)]
+        staging = Staging([*(inputs[i] for i in staged), *blank_plan], device)
+        for i, x in zip(staged, staging.tensors, strict=False):
+            inputs[i] = x
+        inputs = [x.to(device) if isinstance(x, Tensor) else x for x in inputs]
+        rows, begins, cached = staging.tensors[len(staged) :]
         table, valid = self._cache.page_table[:sequences], self._cache.cached_lengths[:sequences]
-        given = (*inputs, rows, begins, table, cached, valid)
+
+        def launch() -> Sequence[Any]:
+            return self._launch(*inputs, rows, begins, table, cached, valid)
+
         try:
-            replay, outputs, reserved = record(lambda: self._launch(*given), self._pool)
+            whole = record(launch, self._pool)
+            by_layers = record(launch, self._pool, by_layers=True) if self._cache.host is not None else None
         except RuntimeError as error:
             log.exception("hstu_compile: a CUDA graph could not be recorded, requests are launched")
             return f"{type(error).__name__}: {error}"
-        return _Recorded(replay, inputs, static, outputs, time.perf_counter() - begin, reserved)
+        return _Recorded(whole, by_layers, inputs, staged, staging, time.perf_counter() - begin)
 
     def words(self) -> list[str]:
         lines = [f"CUDA graphs: {self.replays} requests replayed, {self.launches} launched"]
@@ -122,5 +194,6 @@ class CudaGraphs:
             if isinstance(recorded, str):
                 lines.append(f"  {what}: not recorded: {recorded}")
             else:
-                lines.append(f"  {what}: {recorded.seconds:.2f} s, {recorded.bytes / 2**20:.1f} MiB more reserved")
+                reserved = recorded.whole.bytes + (recorded.by_layers.bytes if recorded.by_layers is not None else 0)
+                lines.append(f"  {what}: {recorded.seconds:.2f} s, {reserved / 2**20:.1f} MiB more reserved")
         return lines

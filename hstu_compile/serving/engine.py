@@ -22,7 +22,7 @@ from hstu_compile.kv_cache import (
 from hstu_compile.ops import waiting
 from hstu_compile.serving import cuda_graphs
 from hstu_compile.serving.captured_call import capture_call, sizes_apart
-from hstu_compile.serving.step import Request, Step
+from hstu_compile.serving.step import OneToken, Request, Step
 
 User = int | str
 Host = int | Callable[[PageLayout], HostKVStorageManager]
@@ -83,7 +83,10 @@ class Engine:
         """
         with torch.no_grad():
             if self._step is None:
-                self._start(args, kwargs)
+                try:
+                    self._start(args, kwargs)
+                except OneToken:
+                    return Answer(self.model(*self._on_device(args), **self._on_device(kwargs)), torch.zeros(1).long())
             assert self._step is not None and self._cache is not None
             request = self._step.prepare(args, kwargs)
             self._check(users, request)
@@ -149,9 +152,8 @@ class Engine:
         return lines
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
-        on_device: Any = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
-        step = Step(capture_call(self.model, *on_device))
+        device = self._device
+        step = Step(capture_call(self.model, self._on_device(args), self._on_device(kwargs)))
         g = step.geometry
         layout = PageLayout(g.num_layers, g.num_heads, g.head_dim, self._page_size, g.dtype)
         per_user = layout.pages(self.max_seq_len)
@@ -164,6 +166,13 @@ class Engine:
         if self._sizes and cuda_graphs.supported(device):
             self._graphs = cuda_graphs.CudaGraphs(step, launch, self._sizes, self.max_seq_len, cache)
 
+    @property
+    def _device(self) -> torch.device:
+        return next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
+
+    def _on_device(self, given: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), given)
+
     def _storage(self, layout: PageLayout) -> HostKVStorageManager | None:
         if not isinstance(self._host, int):
             return self._host(layout)
@@ -171,7 +180,7 @@ class Engine:
         return HostKVStorageManager(MemoryStorage(layout, pages), pages) if pages else None
 
     def _check(self, users: Sequence[User], request: Request) -> None:
-        lengths, histories = np.diff(request.offsets), request.histories
+        lengths, histories = request.lengths.tolist(), request.histories.tolist()
         if len(users) != len(lengths):
             raise ValueError(f"serve: users has {len(users)} names, expected {len(lengths)}, one for each sequence")
         if len(users) > self.max_batch:
@@ -187,8 +196,7 @@ class Engine:
         """The new rows: of those that the pages hold, some may be read of the result, and are computed again."""
         assert self._step is not None
         cached = np.minimum(batch.cached, request.first_read)
-        lengths = np.diff(request.offsets)
-        new = lengths - cached
+        new = request.lengths - cached
         begins = np.concatenate([[0], np.cumsum(new)])
         rows = np.arange(begins[-1]) + np.repeat(request.offsets[:-1] + cached - begins[:-1], new)
         plan = Plan(rows, begins, np.asarray(cached))
@@ -196,10 +204,8 @@ class Engine:
         size = self._graphs.size(request, plan) if self._graphs is not None else None
         if size is not None:
             assert self._graphs is not None
-            # A graph can't wait in its midst. After the last layer's copy it still costs less than launching layers.
-            for layer in range(self._step.geometry.num_layers if is_loading else 0):
-                batch.wait_layer(layer)
-            outputs = self._step.cut(self._graphs.replay(size, request, plan), request, len(rows))
+            replayed = self._graphs.replay(size, request, plan, batch.wait_layer if is_loading else None)
+            outputs = self._step.cut(replayed, request, len(rows))
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in outputs]
         else:
             # What waits is called from compiled code, and is none of it.
@@ -212,7 +218,7 @@ class Engine:
         assert self._step is not None
         tokens = int(request.offsets[-1])
         sequences = max(len(plan.cached) + (tokens < LEAST), LEAST)
-        inputs = self._step.pad(request.inputs, max(tokens, LEAST), sequences)
+        inputs = self._step.padding.pad(request.inputs, max(tokens, LEAST), sequences)
         given = plan.tensors(max(len(plan.rows), LEAST), sequences, self._step)
         table, valid = batch.page_table[:sequences], batch.cached_lengths[:sequences]
         if len(table) < sequences:
@@ -241,21 +247,19 @@ class Plan(NamedTuple):
     begins: np.ndarray  # [B + 1], where those of each sequence begin and end
     cached: np.ndarray  # [B], history tokens before them
 
-    def tensors(self, rows: int, sequences: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """rows, row_offsets and cached_lengths of a graph with so many rows and sequences, on the CPU.
+    def tensors(self, rows: int, sequences: int, step: Step) -> list[Tensor]:
+        """rows, row_offsets and cached_lengths of a graph with so many rows and sequences, on the CPU: see `fill`."""
+        sizes = (rows, torch.int64), (sequences + 1, step.offsets_dtype), (sequences, torch.int32)
+        made = [torch.empty(size, dtype=dtype) for size, dtype in sizes]
+        self.fill(made)
+        return made
+
+    def fill(self, rooms: Sequence[Tensor]) -> None:
+        """Write rows, row_offsets and cached_lengths to where there is room for as many or more.
 
         What is added belongs to no sequence: rows that are there once more, and sequences without tokens.
         """
         last = self.rows[-1] if len(self.rows) else 0
-        return (
-            _filled_up(self.rows, rows, last, torch.int64),
-            _filled_up(self.begins, sequences + 1, self.begins[-1], step.offsets_dtype),
-            _filled_up(self.cached, sequences, 0, torch.int32),
-        )
-
-
-def _filled_up(given: np.ndarray, size: int, rest: int, dtype: torch.dtype) -> Tensor:
-    made = torch.empty(size, dtype=dtype)
-    numbers = made.numpy()
-    numbers[: len(given)], numbers[len(given) :] = given, rest
-    return made
+        for room, given, rest in zip(rooms, self, (last, self.begins[-1], 0), strict=True):
+            numbers = room.numpy()
+            numbers[: len(given)], numbers[len(given) :] = given, rest

@@ -12,16 +12,21 @@ from torch import Tensor, fx, nn
 
 from hstu_compile.capture import placeholders
 from hstu_compile.passes import cacheable, paged_attention
-from hstu_compile.passes.batch_sizes import BatchSizes, Kind, expression
+from hstu_compile.passes.batch_sizes import BatchSizes, expression
 from hstu_compile.passes.evaluate import Evaluation
 from hstu_compile.passes.graph import argument, shape, value
 from hstu_compile.passes.report import source_line
 from hstu_compile.passes.row_wise import MixesRows
 from hstu_compile.serving.captured_call import CapturedCall
+from hstu_compile.serving.padding import Padding
 
 
 class NotServable(RuntimeError):
     """The model can't be computed from a cache; the message names the call, its line and why."""
+
+
+class OneToken(RuntimeError):
+    """A call of one token can't be captured for any number of them."""
 
 
 @dataclass
@@ -34,9 +39,13 @@ class Request:
     targets: np.ndarray  # [B]
     first_read: np.ndarray  # [B]: the first position that is read of the result
 
-    @property
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @functools.cached_property
     def histories(self) -> np.ndarray:
-        return np.diff(self.offsets) - self.targets
+        return self.lengths - self.targets
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,9 @@ class Step:
             )
         self._tokens, self._offsets, self._targets = _sequences(layers[0])
         if isinstance(self._tokens, int):
-            raise ValueError(
-                f"serve: the first request has {self._tokens} token, expected two at least: it is captured"
-            )
+            if self._tokens == 1:
+                raise OneToken
+            raise NotServable(f"serve: the model takes {self._tokens} tokens only, expected one for any number")
         try:
             self.sizes = BatchSizes(self.graph.graph, self._tokens, self._offsets) if self._offsets else None
             self._fixed = cacheable.check_attention(layers, self.sizes)  # type: ignore[arg-type]
@@ -107,6 +116,7 @@ class Step:
         (output,) = self.graph.graph.find_nodes(op="output")
         self._outputs = [value(node) for node in output.args[0]]
         self.rows = next(n for n in placeholders(self.graph) if n.name == "hstu_compile_rows")
+        self.padding = Padding(self.inputs, self.sizes)
 
     def words(self) -> list[str]:
         """What is computed, and how."""
@@ -142,17 +152,6 @@ class Step:
         given = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in read}
         return [x.long().reshape(-1).numpy() for x in self._sequences(given)]
 
-    def blank(self, inputs: Sequence[Any]) -> list[Any]:
-        """Inputs on the device with addresses of their own: offsets as they are, all other numbers 0."""
-        assert self.sizes is not None
-        made = []
-        for node, x in zip(self.inputs, inputs, strict=True):
-            if isinstance(x, Tensor):
-                keeps = any(self.sizes.kind(size) == "offsets" for size in shape(node))
-                x = x.to(self.device, copy=True) if keeps else torch.zeros_like(x, device=self.device)
-            made.append(x)
-        return made
-
     def _check(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The symbols of sizes and numbers in these inputs."""
         symbols: dict[sympy.Symbol, int] = {}
@@ -179,62 +178,6 @@ class Step:
             if expression(known).is_Symbol:
                 symbols.setdefault(expression(known), given)
         return symbols
-
-    def pad(self, inputs: Sequence[Any], tokens: int, sequences: int) -> list[Any]:
-        """The inputs of a request with so many tokens and sequences, of which it has fewer where it has fewer tokens.
-
-        The last sequence holds the tokens that are added: a token of no sequence is more than models reckon with. Those
-        between are empty.
-        """
-        return [self._padded(node, given, tokens, sequences) for node, given in zip(self.inputs, inputs, strict=True)]
-
-    def _padded(self, node: fx.Node, given: Any, tokens: int, sequences: int) -> Any:
-        assert self.sizes is not None
-        targets: dict[Kind | None, int] = {"tokens": tokens, "sequences": sequences, "offsets": sequences + 1}
-        if not isinstance(given, Tensor):
-            return targets.get(self.sizes.kind(value(node)), given)
-        for dim, size in enumerate(shape(node)):
-            kind = self.sizes.kind(size)
-            missing = targets.get(kind, given.shape[dim]) - given.shape[dim]
-            if missing > 0:
-                more = given.new_zeros([missing if d == dim else n for d, n in enumerate(given.shape)])
-                if kind == "offsets":
-                    more.copy_(given.narrow(dim, given.shape[dim] - 1, 1).expand_as(more))
-                    more.narrow(dim, -1, 1).fill_(tokens)
-                given = torch.cat([given, more], dim)
-        return given
-
-    def fits(self, recorded: Sequence[Any], inputs: Sequence[Any]) -> bool:
-        """Whether these inputs can be padded to those of a recorded graph."""
-        assert self.sizes is not None
-        for node, known, given in zip(self.inputs, recorded, inputs, strict=True):
-            if not isinstance(given, Tensor):
-                if self.sizes.kind(value(node)) is None and given != known:
-                    return False
-                continue
-            for size, room, actual in zip(shape(node), known.shape, given.shape, strict=True):
-                if actual > room or (self.sizes.kind(size) is None and actual != room):
-                    return False
-        return True
-
-    def fill(self, recorded: Sequence[Any], inputs: Sequence[Any], tokens: int) -> None:
-        """Copy a request to the inputs of a recorded graph, which has so many tokens: see `pad`."""
-        assert self.sizes is not None
-        for node, room, given in zip(self.inputs, recorded, inputs, strict=True):
-            if not isinstance(given, Tensor):
-                continue
-            own = room
-            for dim, actual in enumerate(given.shape):
-                own = own.narrow(dim, 0, actual)
-            own.copy_(given, non_blocking=True)
-            for dim, (size, actual) in enumerate(zip(shape(node), given.shape, strict=True)):
-                rest = room.narrow(dim, actual, room.shape[dim] - actual)
-                kind = self.sizes.kind(size)
-                if kind == "sequences":
-                    rest.zero_()
-                elif kind == "offsets":
-                    rest.copy_(room.narrow(dim, actual - 1, 1).expand_as(rest))
-                    rest.narrow(dim, -1, 1).fill_(tokens)
 
     def cut(self, outputs: Sequence[Any], request: Request, rows: int) -> list[Any]:
         """Outputs of padded inputs without what was added."""
