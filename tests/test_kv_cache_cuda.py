@@ -61,7 +61,7 @@ def make_cache() -> Iterator[Callable[..., KVCache]]:
     def make(
         num_pages: int, storage: KVStorage, layout: PageLayout = LAYOUT, streams: Streams | None = None
     ) -> KVCache:
-        host = HostKVStorageManager(storage, 100)
+        host = HostKVStorageManager(storage, storage.num_pages if isinstance(storage, MemoryStorage) else 100)
         longest = num_pages * layout.page_size
         gpu = GpuKVCacheManager(layout, num_pages, DEVICE)
         cache = KVCache(gpu, host, max_batch_size=4, max_seq_len=longest, load_timeout=60, streams=streams)
@@ -150,7 +150,7 @@ def test_promise_6_copies_of_the_next_layers_overlap_compute(
     layout = PageLayout(num_layers=8, num_heads=4, head_dim=256, page_size=64, dtype=torch.bfloat16)
     onload = Timed(torch.cuda.Stream())
     streams = Streams(CudaStream(DEVICE), onload, CudaStream(DEVICE, torch.cuda.Stream()))
-    cache = make_cache(64, MemoryStorage(layout, 100), layout=layout, streams=streams)
+    cache = make_cache(200, MemoryStorage(layout, 400), layout=layout, streams=streams)
     compute: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for user in (1, 2, 1, 2):
         cache.gpu.drain()
@@ -161,12 +161,12 @@ def test_promise_6_copies_of_the_next_layers_overlap_compute(
         compute.clear()
         start = torch.cuda.Event(enable_timing=True)
         start.record()
-        with cache.begin([user], [48 * 64], version=0) as batch:
+        with cache.begin([user], [192 * 64], version=0) as batch:
             for layer in range(layout.num_layers):
                 batch.wait_layer(layer)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                torch.cuda._sleep(700_000)  # about 0.4 ms; the copy of 12 MiB about 0.25
+                torch.cuda._sleep(2_800_000)  # about 1.6 ms; the copy of 48 MiB about 1, more than a slow host needs
                 end.record()
                 compute.append((begin, end))
             batch.commit()

@@ -147,3 +147,15 @@ def test_numbers_that_no_graph_reads(device: str) -> None:
         traffic.check(engine(["a"], *args), args)
     assert engine._graphs is not None and (engine._graphs.replays, engine._graphs.launches) == (3, 0)
     engine.close()
+
+
+def test_inference_mode(device: str) -> None:
+    """Inside of it and outside, in any order."""
+    model = Ranking(layers=2).to(device, torch.bfloat16)
+    traffic, engine = Traffic(model, device), engine_of(model)
+    for inside, history in ((True, 5), (False, 9), (True, 30), (False, 45)):
+        args = traffic.request(["a"], [history], [1])
+        with torch.inference_mode(inside):
+            answer = engine(["a"], *(x.clone() if isinstance(x, Tensor) else x for x in args))
+        traffic.check(answer, args)
+    engine.close()

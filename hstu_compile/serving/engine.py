@@ -81,7 +81,7 @@ class Engine:
             ValueError: an argument does not fit.
             CapacityError: the request needs more pages than there are.
         """
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is written to in place must not be of inference mode
             if self._step is None:
                 try:
                     self._start(args, kwargs)
