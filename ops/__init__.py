@@ -12,6 +12,7 @@ from hstu_compile.ops.mask_tile_states import mask_tile_states
 from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
 from hstu_compile.ops.paged_hstu_attention import paged_hstu_attention
 from hstu_compile.ops.silu_attention import silu_attention
+from hstu_compile.ops.silu_in_place import silu_
 from hstu_compile.ops.table_lookup import table_grad, table_lookup
 from hstu_compile.ops.wait_layer import waiting
 
@@ -22,6 +23,7 @@ __all__ = [
     "mask_tile_states",
     "norm_gate_dropout",
     "paged_hstu_attention",
+    "silu_",
     "silu_attention",
     "table_grad",
     "table_lookup",

@@ -409,6 +409,7 @@ def test_tables_keep_their_addresses_and_are_empty_behind_the_batch() -> None:
     small = server.step([1], [20])
     server.time_passes()
     assert big.page_table.data_ptr() == small.page_table.data_ptr() and small.page_table.shape == (4, 38)
+    assert big.page_table.data_ptr() % 16 == 0  # other addresses are another kernel, and launched anew each time
     assert big.cached_lengths.data_ptr() == small.cached_lengths.data_ptr() == server.cache.cached_lengths.data_ptr()
     assert small.cached_lengths.tolist() == [20, 0, 0, 0] and (small.page_table[1:] == -1).all()
     assert small.pool(1) is server.cache.gpu.pools[1]

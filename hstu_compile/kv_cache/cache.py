@@ -13,6 +13,8 @@ from hstu_compile.kv_cache.host import HostKVStorageManager
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.streams import Streams
 
+ALIGNMENT = 64  # int32 of the page table's address: kernels are compiled, and launched again, for multiples of 16 bytes
+
 
 class KVCache:
     """Plans batches over GPU pages and, where there is one, host storage. For one thread.
@@ -51,10 +53,12 @@ class KVCache:
         self.load_timeout = load_timeout
         self.streams = streams or Streams.on(gpu.device)
         self._max_pages = gpu.layout.pages(max_seq_len)
+        self._table_begins = -(-max_batch_size // ALIGNMENT) * ALIGNMENT
+        size = self._table_begins + max_batch_size * self._max_pages
         with torch.inference_mode(False):
-            self._plan = torch.zeros(max_batch_size * (self._max_pages + 1), dtype=torch.int32, device=gpu.device)
+            self._plan = torch.zeros(size, dtype=torch.int32, device=gpu.device)
         self.cached_lengths: Tensor = self._plan[:max_batch_size]
-        self.page_table: Tensor = self._plan[max_batch_size:].view(max_batch_size, self._max_pages)
+        self.page_table: Tensor = self._plan[self._table_begins :].view(max_batch_size, self._max_pages)
         self._batch: Batch | None = None
 
     def begin(
@@ -102,7 +106,7 @@ class KVCache:
     def publish(self, pages: Sequence[array], cached: Sequence[int]) -> None:
         """Write what the kernels read: the page table and what is cached, in the order of the computing stream."""
         plan = array("i", cached)
-        plan.extend([0] * (self.max_batch_size - len(cached)))
+        plan.extend([0] * (self._table_begins - len(cached)))
         for row in pages:
             plan.extend(row)
             plan.extend(array("i", [-1]) * (self._max_pages - len(row)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hstu_compile.capture import placeholders
-from hstu_compile.passes import cacheable, paged_attention
+from hstu_compile.passes import cacheable, paged_attention, silu_in_place
 from hstu_compile.passes.batch_sizes import BatchSizes, expression
 from hstu_compile.passes.evaluate import Evaluation
 from hstu_compile.passes.graph import argument, shape, value
@@ -106,6 +106,7 @@ class Step:
             raise NotServable(f"serve: the model can't be computed for new tokens alone: {error}") from error
         except cacheable.NotCacheable as error:
             raise NotServable(f"serve: keys and values can't be cached: {error}") from error
+        silu_in_place.run(self.graph.graph)
         self.fixed_numbers = [node.name for node in self.inputs if node in fixed]
         alive = set(self.graph.graph.nodes)
         reads = [node for node in dict.fromkeys(paged.reads) if node in alive]
