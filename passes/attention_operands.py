@@ -79,6 +79,14 @@ class Region:
         """New nodes are inserted here."""
         return self.second.node
 
+    def places(self, dims: Dims) -> Dims:
+        """The Dims as they are now, without axes of one sequence or of one head."""
+        tokens_and_features = self.axes.resolve(((self.row, self.column, self.attn, self.hidden),))[0]
+        return tuple(
+            tuple(axis for axis in group if axis in tokens_and_features or not same(axis.size, 1))
+            for group in self.axes.resolve(dims)
+        )
+
 
 def find_region(
     axes: Axes,
@@ -136,18 +144,23 @@ def _name_batch_and_head(region: Region, found: list[Axis]) -> None:
     axes, operands = region.axes, (region.q, region.k, region.v)
     rest = [axis for group in axes.resolve((tuple(found),)) for axis in group if not same(axis.size, 1)]
     pads = [as_padded(operand.node) for operand in operands]
-    dims = [axes.resolve(operand.dims) for operand in operands]
+    dims = [region.places(operand.dims) for operand in operands]
     if all(pads) and _padded_alike(pads, dims, region):  # type: ignore[arg-type]
         region.pads = tuple(pads)  # type: ignore[assignment]
         heads = [axis for axis in rest if axis not in dims[0][0]]
         batches = [axis for axis in rest if axis in dims[0][0]]
     else:
-        # A head stands beside its features before they are split; else the batch comes first where q is made.
+        # A head stands beside its features before they are split; else the batch comes first where q is made, be it of
+        # one sequence, which is no axis.
         made = flat(dims[0])
         rest.sort(key=lambda axis: made.index(axis) if axis in made else len(made))
-        features = axes.resolve(((region.attn, region.hidden),))[0]
+        row, features = axes.resolve(((region.row,), (region.attn, region.hidden)))
         groups = [group for operand in dims for group in operand if any(f in group for f in features)]
-        heads = [axis for axis in rest if any(axis in group for group in groups)] or rest[1:]
+        heads = [axis for axis in rest if any(axis in group for group in groups)]
+        if not heads:
+            first = next((group for group in dims[0] if not set(group) & {*row, *features}), ())
+            one_sequence = len(rest) == 1 and isinstance(rest[0].size, int) and not first
+            heads = rest if one_sequence else rest[1:]
         batches = [axis for axis in rest if axis not in heads]
     if len(heads) > 1 or len(batches) > 1:
         change = "fold them: [B, H, N, D]"
@@ -189,7 +202,7 @@ def find_unpadded(region: Region) -> tuple[Unpadded, Dims] | None:
         if later is None:
             return None
         node, dims = user, later
-    dims = axes.resolve(dims)
+    dims = region.places(dims)
     pad = region.pads[0]
     tokens = shape(pad.values)[0]
     sequences = () if region.batch is None else (region.batch,)
@@ -280,7 +293,7 @@ class JaggedLayout(Layout):
         """[T, H, D]; without a feature [T, H|1, 1]."""
         axes, before = self.axes, self.region.before
         traced = trace(axes, operand.node, operand.dims)
-        dims, known = axes.resolve(traced.dims), {pad.node: pad for pad in self.region.pads or ()}
+        dims, known = self.region.places(traced.dims), {pad.node: pad for pad in self.region.pads or ()}
         pad = known.get(traced.node) or as_padded(traced.node)
         if pad is not None and pad.offsets is self.pad.offsets and dims[0] == self.batch and dims[1] == (tokens,):
             values, rest = pad.values, dims[2:]

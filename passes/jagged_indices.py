@@ -4,6 +4,7 @@ A gather or scatter by indices is evaluated for batches of made-up sequences, wh
 of layout if every mark is found where it belongs, and 0 where no token is.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from hstu_compile.passes.mask_samples import leaf_of
 
 BATCHES = 24  # of made-up sequences
 PLACES = 64  # looked at, of each
-TRIED = ((5, 11, 37), (3, 17, 20))  # batch size, longest sequence, tokens; where they are free
+TRIED = ((5, 11, 0.7), (3, 17, 0.4))  # batch size, longest sequence, how full of tokens; where they are free
 
 _GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 _SCATTERS = {aten.index_put.default}
@@ -161,10 +162,13 @@ class _Change:
         symbols = set[Any]().union(*(symbols_of(n.meta.get("val")) for n in self._nodes), *map(symbols_of, self.sizes))
         hints = symbol_hints(self.node.graph)
         tried = []
-        for numbers in TRIED:
+        batch, seq_len, tokens = self.sizes
+        for sequences, longest, full in TRIED:
             chosen = {symbol: hints.get(symbol, UNKNOWN_SIZE) for symbol in symbols}
-            for size, number in zip(self.sizes, numbers, strict=True):
-                chosen |= solve(size, number, chosen)
+            chosen |= solve(batch, sequences, chosen)
+            chosen |= solve(seq_len, longest, chosen)
+            places = math.prod(IndexSpace(chosen, {}, rank=3).sizes((batch, seq_len)))  # a fixed size may be any
+            chosen |= solve(tokens, max(1, int(full * places)), chosen)
             tried.append(chosen)
         return tried
 

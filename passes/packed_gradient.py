@@ -90,7 +90,8 @@ def _report_changed(report: Report, silu: fx.Node, role: str, made: fx.Node) -> 
     if may_require_grad(silu) and any(_source(node) is silu for node in made.all_input_nodes):
         reason = f"{role} is changed between the silu and the attention: {spoken(made)} at {source_line(made)}"
         change = f"{role} as the split gives it"
-        if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in made.all_input_nodes):
+        tensors = filter(is_tensor, made.all_input_nodes)
+        if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in tensors):
             reason = (
                 f"{role} is multiplied by a mask before the attention: padded keys are dead there, padded queries not"
             )

@@ -84,6 +84,14 @@ OTHERS: dict[str, tuple[Move, Move]] = {  # not a change of layout
 }
 
 
+Batch = tuple[list[int], int]  # lengths, the longest
+BATCHES: dict[str, tuple[Batch, ...]] = {
+    "some sequences": (([4, 0, 7, 3], 9), ([3, 9, 2, 0, 8, 5], 10)),
+    "one sequence": (([4], 9), ([10], 10), ([7], 12)),  # a size that Dynamo takes for fixed
+}
+of_any_batch = pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
+
+
 class Layer(nn.Module):
     def __init__(self, pad: Move, unpad: Move) -> None:
         super().__init__()
@@ -97,7 +105,9 @@ class Layer(nn.Module):
         return u * self.unpad(torch.einsum("bhij,bjhd->bihd", weights, v), at)
 
 
-def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, made: type = Layer) -> list[torch.fx.Node]:
+def check(
+    layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, batches: tuple[Batch, ...], made: type = Layer
+) -> list[torch.fx.Node]:
     """Numbers in budget, on one graph for all sizes; returns the calls of the attention in it."""
     graphs, rewrite = [], compiler.rewrite
 
@@ -112,7 +122,7 @@ def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, made: type 
     run = torch.compile(
         model, backend=hstu_compile.backend, options={"enable": ("attention",)}, dynamic=True, fullgraph=True
     )
-    for lengths, n in (([4, 0, 7, 3], 9), ([3, 9, 2, 0, 8, 5], 10)):
+    for lengths, n in batches:
         x, offsets = torch.randn(sum(lengths), 12), F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
         values = []
         for call, given in ((run, x), (model, x), (double, x.double())):
@@ -126,17 +136,20 @@ def check(layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, made: type 
     return list(graphs[0].graph.graph.find_nodes(op="call_function", target=ATTENTION))
 
 
+@of_any_batch
 @pytest.mark.parametrize("pad, unpad", list(itertools.product(PADDED, UNPADDED)))
-def test_the_attention_is_jagged(pad: str, unpad: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
-    (call,) = check((PADDED[pad], UNPADDED[unpad]), monkeypatch)
+def test_the_attention_is_jagged(pad: str, unpad: str, batches, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check((PADDED[pad], UNPADDED[unpad]), monkeypatch, batches)
     assert call.args[SEQ_OFFSETS] is not None
     assert call.args[0].meta["val"].dim() == 3, "q is padded"
 
 
+@of_any_batch
 @pytest.mark.parametrize("name", OTHERS)
-def test_near_misses_stay_dense(name: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
-    (call,) = check(OTHERS[name], monkeypatch)
-    assert call.args[SEQ_OFFSETS] is None
+def test_near_misses_stay_dense(name: str, batches, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check(OTHERS[name], monkeypatch, batches)
+    same = name == "unpadded from the sequence before" and batches is BATCHES["one sequence"]  # which is itself
+    assert (call.args[SEQ_OFFSETS] is not None) == same
 
 
 class ScaledRows(Layer):
@@ -152,7 +165,8 @@ class ScaledRows(Layer):
         return self.unpad(torch.einsum("bhij,bjhd->bihd", weights, v), at.found_anew())
 
 
+@of_any_batch
 @pytest.mark.parametrize("unpad", UNPADDED)
-def test_a_factor_of_the_rows(unpad: str, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
-    (call,) = check((PADDED["where"], UNPADDED[unpad]), monkeypatch, ScaledRows)
+def test_a_factor_of_the_rows(unpad: str, batches, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check((PADDED["where"], UNPADDED[unpad]), monkeypatch, batches, ScaledRows)
     assert call.args[SEQ_OFFSETS] is not None
