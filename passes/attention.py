@@ -30,6 +30,7 @@ from hstu_compile.passes.graph import (
     look_through,
     number,
     reads_only_metadata,
+    same,
     same_shape,
     shape,
     value,
@@ -90,12 +91,14 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _read(second: Product, chain: list[fx.Node], labels: Labels, values: fx.Node, value_labels: Labels):
+    if any(same(size, 0) for size in (*shape(second.node), *shape(second.left))):
+        raise Misfit(second.node, "nothing is computed: there are no sequences, or none with tokens")
     axes = Axes()
     by_label: dict[str, Axis] = {}
     for operand, names in ((chain[0], labels), (values, value_labels)):
         for dim, (label, size) in enumerate(zip(names, shape(operand), strict=True)):
             if label and label not in by_label:
-                by_label[label] = Axis(size, (operand, dim))
+                by_label[label] = Axis(size, [(operand, dim)])
     scores = read_chain(chain, tuple((by_label[label],) for label in labels if label), axes)
     region = find_region(axes, second, labels, values, value_labels, scores, by_label)
     refuse_other_users(scores, second.node)

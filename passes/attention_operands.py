@@ -283,7 +283,7 @@ class JaggedLayout(Layout):
         assert region.pads is not None
         self.pad, self.unpadded = region.pads[0], unpadded
         self.seq_offsets = self.pad.offsets
-        self.tokens = Axis(shape(self.pad.values)[0], (self.pad.values, 0))
+        self.tokens = Axis(shape(self.pad.values)[0], [(self.pad.values, 0)])
 
     @property
     def max_seq_len(self) -> int | fx.Node:

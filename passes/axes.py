@@ -6,7 +6,7 @@ splits and folds, its tensors then say themselves which dimension is batch, head
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -46,10 +46,10 @@ LAYOUT = PERMUTES | RESHAPES | EXPANDS
 
 @dataclass(eq=False)
 class Axis:
-    """One axis; `source` is a tensor dimension of its size, for when the size is needed as a value."""
+    """One axis; `sources` are tensor dimensions of its size, for when the size is needed as a value."""
 
     size: Size
-    source: tuple[fx.Node, int] | None = None
+    sources: list[tuple[fx.Node, int]] = field(default_factory=list)
     parent: "Axis | None" = None  # split from this one,
     sibling: "Axis | None" = None  # together with this one
 
@@ -87,7 +87,7 @@ class Axes:
         """Remember where the sizes of these axes can be read."""
         for dim, group in enumerate(dims):
             if len(group) == 1:
-                group[0].source = (node, dim)
+                group[0].sources.append((node, dim))
 
     def before(self, node: fx.Node, dims: Dims) -> Dims | None:
         """The Dims of a layout call's input, given those of its result; None if they can't be told."""
@@ -144,11 +144,11 @@ class Axes:
         """The size as an argument of a call: an int, or a node inserted before `before`."""
         if isinstance(axis.size, int):
             return axis.size
-        if axis.source is not None:
-            node, dim = axis.source
-            return insert_call(before.graph, before, aten.sym_size.int, (node, dim), like=before)
+        source = next((source for source in reversed(axis.sources) if source[0] < before), None)
+        if source is not None:
+            return insert_call(before.graph, before, aten.sym_size.int, source, like=before)
         assert axis.parent is not None and axis.sibling is not None
-        assert isinstance(axis.sibling.size, int) or axis.sibling.source is not None, "a size that can't be read"
+        assert isinstance(axis.sibling.size, int) or axis.sibling.sources, "a size that can't be read"
         sizes = self.size(axis.parent, before), self.size(axis.sibling, before)
         return insert_call(before.graph, before, operator.floordiv, sizes, like=before)
 

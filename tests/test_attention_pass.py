@@ -79,15 +79,16 @@ def assert_same_numbers(model: nn.Module, compiled: Any, arguments: tuple[Any, .
             assert_within_budget(*triple, m, f"{('output', 'gradient')[kind]} {i}")
 
 
+@pytest.mark.parametrize("batches", [(3, 4), (1, 1)], ids=["some sequences", "one sequence"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_are_fused_and_keep_their_numbers(name: str) -> None:
+def test_models_are_fused_and_keep_their_numbers(name: str, batches: tuple[int, int]) -> None:
     case, rewriter = MODELS[name], Rewriter()
     model = case.model()
     compiled = torch.compile(model, backend=rewriter)
-    for batch in (3, 4):
-        arguments = case.arguments(batch)
+    for seed, batch in enumerate(batches):
+        arguments = case.arguments(batch, seed)
         assert_same_numbers(model, compiled, arguments)
-        if batch == 3:
+        if seed == 0:
             compiles = len(rewriter.graphs)
     assert len(rewriter.graphs) == compiles or not case.dynamic, "another batch size or token count compiled again"
 
@@ -175,12 +176,13 @@ def test_dropout_that_does_nothing_is_fused() -> None:
     assert rewriter.fused == 1
 
 
+@pytest.mark.parametrize("batches", [(2, 3), (1,)], ids=["some sequences", "one sequence"])
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_spellings(name: str) -> None:
+def test_spellings(name: str, batches: tuple[int, ...]) -> None:
     function, words = SPELLINGS[name]
     model, rewriter = Spelled(function), Rewriter()
     compiled = torch.compile(model, backend=rewriter)
-    for batch in (2, 3):
+    for batch in batches:
         assert_same_numbers(model, compiled, (torch.randn(batch, 6, 16),))
     assert len(rewriter.graphs) == 1
     assert rewriter.fused == 1, str(rewriter.report)
@@ -202,6 +204,15 @@ def test_one_and_empty_sequences(lengths: list[int]) -> None:
     arguments = x, offsets, 12, torch.tensor(lengths).clamp(max=2)
     torch.testing.assert_close(torch.compile(model, backend=rewriter)(*arguments), model(*arguments))
     assert rewriter.fused == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 16), (3, 0, 16)])
+def test_where_nothing_is_computed_nothing_is_fused(shape: tuple[int, ...]) -> None:
+    model, rewriter = Spelled(SPELLINGS["ellipsis"][0]), Rewriter()
+    x = torch.randn(shape)
+    torch.testing.assert_close(torch.compile(model, backend=rewriter)(x), model(x))
+    (miss,) = rewriter.report.missed()
+    assert "no sequences" in miss.reason
 
 
 def test_max_seq_len_may_change() -> None:
@@ -253,6 +264,27 @@ def test_strides_of_outputs_and_sizes_of_scores() -> None:
             assert ours.stride() == eager.stride()
     assert len(rewriter.graphs) == rewriter.fused == 1
     assert not any(as_product(node) for node in rewriter.graphs[0].graph.nodes)
+
+
+class FilledBeforeTheDivisor(nn.Module):
+    """The size of the fill is wanted before there is a divisor, from which the batch size could be read too."""
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        fbgemm, n = torch.ops.fbgemm, 12
+        q, k, v = (fbgemm.jagged_to_padded_dense(t, [offsets], [n]) for t in x.chunk(3, -1))
+        scores = q @ k.mT
+        scores = torch.where(torch.ones(n, n, dtype=torch.bool).tril(), scores, torch.full_like(scores, -1e9))
+        divisor = offsets.diff().clamp(min=1)[:, None, None]
+        a = nn.functional.dropout(nn.functional.silu(scores) / divisor, 0.0) @ v  # stays in the graph: it is random
+        return fbgemm.dense_to_jagged(a, [offsets], x.shape[0])[0]
+
+
+def test_a_size_is_read_where_it_is_known() -> None:
+    model, rewriter = FilledBeforeTheDivisor(), Rewriter()
+    compiled = torch.compile(model, backend=rewriter, dynamic=True)
+    for offsets in ([0, 7, 10, 22], [0, 2, 14]):
+        assert_same_numbers(model, compiled, (torch.randn(offsets[-1], 48), torch.tensor(offsets)))
+    assert len(rewriter.graphs) == rewriter.fused == 1
 
 
 def test_inside_a_checkpoint() -> None:
