@@ -24,6 +24,7 @@ from hstu_compile.passes.graph import (
     insert_call,
     is_call,
     is_cast,
+    is_parameter,
     is_tensor,
     real_users,
     same,
@@ -96,7 +97,7 @@ def _find(product: fx.Node) -> Gate | None:
         norm = as_norm(node)
         if norm is None or not isinstance(other, fx.Node) or not is_tensor(other) or not shape(other):
             continue
-        if all(same(n, 1) for n in shape(other)[:-1]) and same(shape(other)[-1], shape(product)[-1]):
+        if _is_vector(other, product):
             continue  # the norm's own weight
         if same(shape(other)[-1], 1) and is_zero_or_one(other):
             continue  # clears padded rows
@@ -111,6 +112,13 @@ def _find(product: fx.Node) -> Gate | None:
         _check_region(gate)
         return gate
     return None
+
+
+def _is_vector(operand: fx.Node, product: fx.Node) -> bool:
+    """Whether it is the same in each row; of a product of one row, a weight is."""
+    if not all(same(n, 1) for n in shape(operand)[:-1]) or not same(shape(operand)[-1], shape(product)[-1]):
+        return False
+    return is_parameter(_path(operand)[1]) or not same_shape(shape(operand), shape(product))
 
 
 def _find_gate_first(product: fx.Node) -> Gate | None:

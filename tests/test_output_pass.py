@@ -61,7 +61,7 @@ def upcast(m: Output, a: Tensor, u: Tensor, p: float = 0.0, concat: bool = False
 def attended(a: Tensor) -> Tensor:
     """[T, W], of one sequence."""
     heads = a.reshape(1, -1, H, D)
-    return hstu_attention(heads, heads, heads, max_seq_len=T, alpha=0.3, scaling_seq_len=T).view(-1, W)
+    return hstu_attention(heads, heads, heads, max_seq_len=heads.shape[1], alpha=0.3, scaling_seq_len=T).view(-1, W)
 
 
 def per_head(x: Tensor) -> Tensor:
@@ -152,13 +152,13 @@ FUSED = {
 }
 
 
-def inputs(dtype: torch.dtype) -> list[Tensor]:
+def inputs(dtype: torch.dtype, tokens: int = T) -> list[Tensor]:
     """a from an attention-like product, u a slice of a packed buffer."""
-    packed = torch.randn(T, 4 * W, dtype=dtype)
+    packed = torch.randn(tokens, 4 * W, dtype=dtype)
     return [
-        torch.randn(T, W, dtype=dtype).requires_grad_(),
+        torch.randn(tokens, W, dtype=dtype).requires_grad_(),
         packed[:, W : 2 * W].detach().requires_grad_(),
-        torch.randn(T, E, dtype=dtype).requires_grad_(),
+        torch.randn(tokens, E, dtype=dtype).requires_grad_(),
     ]
 
 
@@ -178,11 +178,12 @@ def values_and_grads(function, leaves: list[Tensor], dout: Tensor) -> list[Tenso
     return [out, *torch.autograd.grad(out, leaves, dout, allow_unused=True)]
 
 
+@pytest.mark.parametrize("tokens", [T, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUSED)
-def test_fused(name, dtype):
+def test_fused(name, dtype, tokens):
     body, pieces, says = FUSED[name]
-    module, args = Output(body, pieces, dtype), inputs(dtype)
+    module, args = Output(body, pieces, dtype), inputs(dtype, tokens)
     gm, parameters, report = rewritten(module, args)
     assert says.replace("float32", str(dtype).removeprefix("torch.")) in report.fused("output")[0].what
     targets = {n.target for n in gm.graph.nodes}
@@ -196,7 +197,7 @@ def test_fused(name, dtype):
     exact = Output(body, pieces, torch.float64)
     exact.load_state_dict(module.state_dict())
     doubles = [a.detach().double().requires_grad_() for a in args]
-    dout = torch.randn(T, E, dtype=dtype)
+    dout = torch.randn(tokens, E, dtype=dtype)
     ours = values_and_grads(lambda: gm(*parameters, *args), [*args, *parameters], dout)
     eager = values_and_grads(lambda: module(*args), [*args, *parameters], dout)
     reference = values_and_grads(lambda: exact(*doubles), [*doubles, *exact.parameters()], dout.double())
@@ -327,6 +328,15 @@ def test_near_miss(name):
 )
 def test_nothing_to_find(function):
     gm = traced(function, [torch.randn(T, W), torch.randn(T, W)])
+    report = Report()
+    assert output.run(gm, report) == 0 and not report.regions
+
+
+def test_with_one_token_a_weight_is_no_gate():
+    module = Output(lambda m, a, u: F.layer_norm(a, (W,)) * m.weight.view(1, W) + u)
+    gm, parameters = traced_module(module, inputs(torch.float32, tokens=1))
+    for node, parameter in zip(gm.graph.find_nodes(op="placeholder"), parameters, strict=False):
+        node.meta["example_value"] = parameter
     report = Report()
     assert output.run(gm, report) == 0 and not report.regions
 
