@@ -356,6 +356,13 @@ class Jagged(nn.Module):
         return self.o(F.layer_norm(a.flatten(1), (W,)) * u) + x
 
 
+def test_a_factor_of_q_may_be_a_number_that_changes(inductor: Compiled) -> None:
+    case = MODELS["nvidia_native"]
+    run = torch.compile(case.model(), backend=hstu_compile.backend, options={"strict": True}, dynamic=True)
+    run(*case.arguments(3))
+    assert ATTENTION in inductor.targets[0]
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_jagged_with_any_number_of_tokens(checkpointed: bool, inductor: Compiled) -> None:
     torch.manual_seed(0)
