@@ -4,6 +4,7 @@ python -m tests.spelling_trials --count 1000 --seed 0            # the recogniti
 python -m tests.spelling_trials --seed 17 --count 1 --show       # one layer: its text and its report
 python -m tests.spelling_trials --mutated --count 1000           # layers that mean something else
 python -m tests.spelling_trials --through dynamo --count 100     # the whole way, as torch.compile goes it
+python -m tests.spelling_trials --batches 1 1 --count 1000       # one sequence, a size that is fixed in the graph
 """
 
 import argparse
@@ -115,13 +116,13 @@ def values_and_gradients(call: Call, leaves: list[Tensor], args: tuple[Tensor, .
     return [out, *(torch.zeros_like(t) if g is None else g for t, g in zip([x, *leaves], grads, strict=True))]
 
 
-def try_out(layer: Layer, seed: int, through: Callable = through_trace) -> Outcome:
+def try_out(layer: Layer, seed: int, through: Callable = through_trace, batches: tuple[int, ...] = BATCHES) -> Outcome:
     """Rewrite the layer and compare it, forward and every gradient, with itself in eager mode and in float64."""
     began = time.perf_counter()
     torch.manual_seed(seed)
     module, double = build(layer), build(layer, double=True)
     double.load_state_dict(module.state_dict())
-    first = arguments(layer, BATCHES[0], seed)
+    first = arguments(layer, batches[0], seed)
     x = first[0].clone().requires_grad_()
     # Entries of that cache cost more than they save where every layer has sizes of its own.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -130,7 +131,7 @@ def try_out(layer: Layer, seed: int, through: Callable = through_trace) -> Outco
     names = ["output", "x", *(name for name, _ in module.named_parameters())]
     triples: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     for draw in range(DRAWS):
-        args = arguments(layer, BATCHES[draw % len(BATCHES)], seed + draw)
+        args = arguments(layer, batches[draw % len(batches)], seed + draw)
         wide = tuple(t.double() if t.is_floating_point() else t for t in args)
         ours = values_and_gradients(call, list(module.parameters()), args)
         eager = values_and_gradients(module, list(module.parameters()), args)
@@ -138,20 +139,22 @@ def try_out(layer: Layer, seed: int, through: Callable = through_trace) -> Outco
             exact = values_and_gradients(double, list(double.parameters()), wide)
         triples.append(list(zip(ours, eager, exact, strict=True)))
         outcome.wrong = _wrong(names, triples)
-        if draw + 1 >= len(BATCHES) and outcome.wrong is None:
+        if draw + 1 >= len(batches) and outcome.wrong is None:
             break
-    if outcome.wrong is not None and _wrong(names, triples + _nudged(layer, double, seed)) is None:
+    if outcome.wrong is not None and _wrong(names, triples + _nudged(layer, double, seed, batches)) is None:
         outcome.wrong, outcome.ill_conditioned = None, outcome.wrong
     outcome.graphs, outcome.seconds = len(graphs), time.perf_counter() - began
     return outcome
 
 
-def _nudged(layer: Layer, double: nn.Module, seed: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+def _nudged(
+    layer: Layer, double: nn.Module, seed: int, batches: tuple[int, ...]
+) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """What rounding the inputs differently does to the exact values, as if it were eager's error, and ours none."""
     parameters, dice = list(double.parameters()), torch.Generator().manual_seed(seed)
     found = []
     for draw in range(DRAWS):
-        x, *rest = arguments(layer, BATCHES[draw % len(BATCHES)], seed + draw)
+        x, *rest = arguments(layer, batches[draw % len(batches)], seed + draw)
         half = torch.finfo(x.dtype).eps / 2
         rest = [t.double() if t.is_floating_point() else t for t in rest]
         with in_plain_pytorch():
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--mutated", action="store_true")
     parser.add_argument("--through", choices=["trace", "dynamo"], default="trace")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="how many sequences, in turn")
     parser.add_argument("--show", action="store_true", help="print each layer's text and report")
     parser.add_argument("--missed", help="print the seeds of layers in which this pass found nothing")
     chosen = parser.parse_args()
@@ -243,7 +247,7 @@ def main() -> None:
         for seed in range(chosen.seed, chosen.seed + chosen.count):
             layer = layer_of(seed, mutated=chosen.mutated)
             try:
-                outcomes.append(try_out(layer, seed, through))
+                outcomes.append(try_out(layer, seed, through, chosen.batches))
             except Exception as error:
                 outcomes.append(Outcome(layer, Report(), wrong=f"seed {seed}: {type(error).__name__}: {error}"))
                 continue

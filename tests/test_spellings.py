@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hstu_compile.ops.hstu_attention import PARAMETERS
+from hstu_compile.passes import NAMES
 from tests import spelling_trials
 from tests.spelled import MUTATIONS, write
 from tests.without_codegen import Compiled, inductor_without_codegen
@@ -33,6 +34,18 @@ def test_spelled_layers(seed: int) -> None:
     outcome = spelling_trials.try_out(spelling_trials.layer_of(seed), seed)
     assert outcome.wrong is None, f"{outcome.wrong}\n{outcome.layer.source}"
     assert outcome.recognised("attention"), f"{outcome.report}\n{outcome.layer.source}"
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + TRIED // 2))
+def test_one_sequence_is_known_as_several_are(seed: int) -> None:
+    layer = spelling_trials.layer_of(seed)
+    several, one = (spelling_trials.try_out(layer, seed, batches=batches) for batches in ((3,), (1, 1)))
+    assert one.wrong is None, f"{one.wrong}\n{layer.source}"
+    for part in NAMES:
+        assert one.recognised(part) >= several.recognised(part), f"{one.report}\n{layer.source}"
+    assert [region.what for region in one.report.fused("attention")] == [
+        region.what for region in several.report.fused("attention")
+    ]
 
 
 @pytest.mark.parametrize("seed", WHOLE_WAY)

@@ -345,8 +345,11 @@ def build(layer: Layer, *, double: bool = False) -> nn.Module:
 def arguments(layer: Layer, batch: int, seed: int) -> tuple[Tensor, ...]:
     """x, lengths or offsets, mask, times, num_targets for a batch of so many sequences."""
     dice = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, LONGEST + 1, (batch,), generator=dice)
-    lengths[0] = LONGEST
+    if batch > 1:
+        lengths = torch.randint(2, LONGEST + 1, (batch,), generator=dice)
+        lengths[0] = LONGEST
+    else:  # two tokens would be taken for as many as there are offsets
+        lengths = torch.randint(3, LONGEST + 1, (batch,), generator=dice)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     shape = (int(offsets[-1]),) if layer.jagged else (batch, LONGEST)
     x = torch.randn(*shape, EMBEDDING, generator=dice).to(getattr(torch, layer.dtype))
