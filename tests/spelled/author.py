@@ -3,9 +3,18 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Way = TypeVar("Way")
+
+
+class Sizes(NamedTuple):
+    """Of layers and their arguments, and the dtypes that are picked from."""
+
+    embedding: int = 16
+    head_dim: int = 4
+    longest: int = 9
+    dtypes: tuple[str, ...] = ("float32",) * 12 + ("bfloat16",)
 
 
 @dataclass(frozen=True)
@@ -16,6 +25,7 @@ class Layer:
     choices: dict[str, str]
     jagged: bool
     dtype: str  # of parameters and x: "float32" or "bfloat16"
+    sizes: Sizes
     mutation: str | None = None
 
     @property

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import tests.fbgemm_stand_ins  # noqa: F401
 from tests.spelled.attention import SILU, write_attention
-from tests.spelled.author import Author, Layer
+from tests.spelled.author import Author, Layer, Sizes
 
-EMBEDDING, LONGEST = 16, 9
 MUTATIONS = (
     *("causal + 1", "causal - 1", "anticausal", "a hole", "half the mask", "padding + 1", "divisor by column"),
     *("fill with -30", "fill with -inf", "fill with 1", "softmax", "gelu", "relu", "sigmoid", "silu twice", "silu(-s)"),
@@ -40,23 +39,23 @@ class Layer(nn.Module):
 """
 
 
-def write(rng: random.Random, mutation: str | None = None) -> Layer:
+def write(rng: random.Random, mutation: str | None = None, sizes: Sizes | None = None) -> Layer:
     """A layer; with a mutation, one in which that could take place."""
     while True:
         author = Author(rng, mutation)
-        layer = _write(author)
+        layer = _write(author, sizes or Sizes())
         if mutation is None or author.mutated:
             return layer
 
 
-def _write(author: Author) -> Layer:
+def _write(author: Author, sizes: Sizes) -> Layer:
     layout = author.pick("layout", ["dense"] * 5 + ["jagged, fbgemm", "jagged, own indices", "jagged, x padded"])
     jagged = layout != "dense"
     author.heads = author.rng.choice([1, 2, 2, 2, 2, 3])
     author.choices["number of heads"] = str(author.heads)
-    dtype = author.pick("dtype", ["float32"] * 12 + ["bfloat16"])
+    dtype = author.pick("dtype", sizes.dtypes)
     equal = author.sometimes("q as wide as v", 0.75)
-    attn_dim, hidden_dim = 4, 4 if equal else 8
+    attn_dim, hidden_dim = sizes.head_dim, sizes.head_dim * (1 if equal else 2)
     author.half = dtype == "bfloat16"
     lines = author.lines
     _sizes(author, layout)
@@ -94,13 +93,13 @@ def _write(author: Author) -> Layer:
         heads=author.heads,
         attn_dim=attn_dim,
         hidden_dim=hidden_dim,
-        embedding=EMBEDDING,
-        longest=LONGEST,
+        embedding=sizes.embedding,
+        longest=sizes.longest,
         setup="\n".join(_indented(author.setup, 8)),
         lines="\n".join(_indented(lines, 8)),
         second="offsets" if jagged else "lengths",
     )
-    return Layer(source, author.choices, jagged, dtype, author.mutation)
+    return Layer(source, author.choices, jagged, dtype, sizes, author.mutation)
 
 
 def _indented(lines: list[str], by: int = 4) -> list[str]:
@@ -328,8 +327,11 @@ def _output(author: Author) -> None:
 
 
 def build(layer: Layer, *, double: bool = False) -> nn.Module:
-    """The module, in eval mode, with parameters of its dtype; or the same one that computes in float64 throughout."""
-    source = layer.source
+    """The module, in eval mode, with parameters of its dtype; or the same one that computes in float64 throughout.
+
+    As its text names no device, it and the arguments are on torch's default device.
+    """
+    source = layer.source.replace('autocast("cpu"', f'autocast("{torch.get_default_device().type}"')
     if double:
         for narrow in (".float()", "torch.float32", "dtype=torch.bfloat16"):
             wide = {".float()": ".double()", "torch.float32": "torch.float64"}.get(narrow, "enabled=False")
@@ -344,17 +346,19 @@ def build(layer: Layer, *, double: bool = False) -> nn.Module:
 
 def arguments(layer: Layer, batch: int, seed: int) -> tuple[Tensor, ...]:
     """x, lengths or offsets, mask, times, num_targets for a batch of so many sequences."""
-    dice = torch.Generator().manual_seed(seed)
-    if batch > 1:
-        lengths = torch.randint(2, LONGEST + 1, (batch,), generator=dice)
-        lengths[0] = LONGEST
-    else:  # two tokens would be taken for as many as there are offsets
-        lengths = torch.randint(3, LONGEST + 1, (batch,), generator=dice)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    shape = (int(offsets[-1]),) if layer.jagged else (batch, LONGEST)
-    x = torch.randn(*shape, EMBEDDING, generator=dice).to(getattr(torch, layer.dtype))
-    real = torch.arange(LONGEST) < lengths[:, None]
-    mask = torch.ones(LONGEST, LONGEST).tril() * real[:, None] * real[:, :, None]
-    times = torch.randint(0, 1000, (batch, LONGEST), generator=dice).sort(1).values
-    num_targets = torch.randint(0, 3, (batch,), generator=dice)
-    return x, offsets if layer.jagged else lengths, mask, times, num_targets
+    dice, longest = torch.Generator().manual_seed(seed), layer.sizes.longest
+    with torch.device("cpu"):  # the same numbers on every device
+        if batch > 1:
+            lengths = torch.randint(2, longest + 1, (batch,), generator=dice)
+            lengths[0] = longest
+        else:  # two tokens would be taken for as many as there are offsets
+            lengths = torch.randint(3, longest + 1, (batch,), generator=dice)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        shape = (int(offsets[-1]),) if layer.jagged else (batch, longest)
+        x = torch.randn(*shape, layer.sizes.embedding, generator=dice).to(getattr(torch, layer.dtype))
+        real = torch.arange(longest) < lengths[:, None]
+        mask = torch.ones(longest, longest).tril() * real[:, None] * real[:, :, None]
+        times = torch.randint(0, 1000, (batch, longest), generator=dice).sort(1).values
+        num_targets = torch.randint(0, 3, (batch,), generator=dice)
+    given = x, offsets if layer.jagged else lengths, mask, times, num_targets
+    return tuple(t.to(torch.get_default_device()) for t in given)
