@@ -53,8 +53,10 @@ def attention_mask(
             row_at, col_at = torch.minimum(row_pos, history_end), torch.minimum(col_pos, history_end)
         else:
             row_at, col_at = row_pos, col_pos
-        exempt = (torch.as_tensor(min_full_attn_seq_len) > 0) & (row_at >= history_end - min_full_attn_seq_len)
-        unlimited = torch.as_tensor(max_attn_len) == 0
+        exempt = (torch.as_tensor(min_full_attn_seq_len, device=row_at.device) > 0) & (
+            row_at >= history_end - min_full_attn_seq_len
+        )
+        unlimited = torch.as_tensor(max_attn_len, device=row_at.device) == 0
         live = live & (((row_at - col_at).abs() <= max_attn_len) | exempt | unlimited)
 
     live = live | ((rows < contextual) & (col_pos < history_end))

@@ -6,6 +6,7 @@ if __name__ != "hstu_compile.passes":
 import importlib
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
@@ -29,10 +30,11 @@ def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> i
     fused = 0
     carry_inside(gm.graph, [call for part in parts(gm) for call in _calls(part)], CALLS_OF_SUBGRAPHS)
     for part in parts(gm):
-        as_layout(part.graph)
-        as_silu(part.graph)
-        as_whole(part.graph)
-        fused += sum(module.run(part, report) for module in modules)
+        with torch.device("cpu"):  # whatever the caller's default device is: masks are evaluated there
+            as_layout(part.graph)
+            as_silu(part.graph)
+            as_whole(part.graph)
+            fused += sum(module.run(part, report) for module in modules)
         part.graph.lint()
         part.recompile()
     return fused

@@ -99,6 +99,14 @@ def test_every_model_fuses_as_an_exported_program(name: str) -> None:
             check(fused.module()(*args), model, args)
 
 
+def test_the_default_device_is_the_callers() -> None:
+    case = MODELS["meta_stu"]
+    program = export_case(case.model(), case.arguments(3), case.arguments(5))
+    with torch.device("meta"):
+        fused = hstu_compile.fuse(program)
+    assert ops.hstu_attention.default in targets(fused)
+
+
 def test_autocast_inside_of_the_model() -> None:
     case = MODELS["meta_stu"]
     model, sizes = Autocast(case.model()), [case.arguments(n) for n in SIZES[1:3]]

@@ -222,6 +222,18 @@ def test_numbers_that_keys_depend_on_stay(eager: None) -> None:
     assert "must be the same in every request" in engine.report()
 
 
+def test_the_default_device_is_the_callers(eager: None) -> None:
+    """What the engine computes itself is where it belongs, wherever the caller makes tensors."""
+    model = Ranking(layers=1)
+    traffic, engine = Traffic(model), serve(model)
+    for users, histories, targets in ((["a", "b"], [4, 3], [1, 0]), (["a"], [20], [2])):
+        args = traffic.request(users, histories, targets)
+        with torch.device("meta"):
+            answer = engine(users, *args)
+        traffic.check(answer, args)
+    engine.close()
+
+
 def test_first_requests_of_one_token(eager: None) -> None:
     """The model answers them itself: they can't be captured."""
     model = Ranking(layers=1)

@@ -43,7 +43,7 @@ class KVStorage(ABC):
         """
         layout = self.layout
         shape = (layout.num_layers, num_pages, *layout.shape)
-        return [torch.empty(shape, dtype=layout.dtype, pin_memory=torch.cuda.is_available())]
+        return [torch.empty(shape, dtype=layout.dtype, device="cpu", pin_memory=torch.cuda.is_available())]
 
     @abstractmethod
     def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:

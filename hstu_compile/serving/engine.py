@@ -86,7 +86,10 @@ class Engine:
                 try:
                     self._start(args, kwargs)
                 except OneToken:
-                    return Answer(self.model(*self._on_device(args), **self._on_device(kwargs)), torch.zeros(1).long())
+                    return Answer(
+                        self.model(*self._on_device(args), **self._on_device(kwargs)),
+                        torch.zeros(1, dtype=torch.int64, device="cpu"),
+                    )
             assert self._step is not None and self._cache is not None
             request = self._step.prepare(args, kwargs)
             self._check(users, request)
@@ -153,12 +156,15 @@ class Engine:
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         device = self._device
-        step = Step(capture_call(self.model, self._on_device(args), self._on_device(kwargs)))
+        call = capture_call(self.model, self._on_device(args), self._on_device(kwargs))
+        with torch.device("cpu"):  # whatever the caller's default device is
+            step = Step(call)
         g = step.geometry
         layout = PageLayout(g.num_layers, g.num_heads, g.head_dim, self._page_size, g.dtype)
         per_user = layout.pages(self.max_seq_len)
         gpu = GpuKVCacheManager(layout, self._num_pages or 4 * self.max_batch * per_user, device)
-        step.page(gpu.pools, per_user)
+        with torch.device("cpu"):
+            step.page(gpu.pools, per_user)
         # Of a CUDA graph's sequences one is for padding.
         cache = KVCache(gpu, self._storage(layout), max_batch_size=self.max_batch + 1, max_seq_len=self.max_seq_len)
         launch = compiled(step)
@@ -250,7 +256,7 @@ class Plan(NamedTuple):
     def tensors(self, rows: int, sequences: int, step: Step) -> list[Tensor]:
         """rows, row_offsets and cached_lengths of a graph with so many rows and sequences, on the CPU: see `fill`."""
         sizes = (rows, torch.int64), (sequences + 1, step.offsets_dtype), (sequences, torch.int32)
-        made = [torch.empty(size, dtype=dtype) for size, dtype in sizes]
+        made = [torch.empty(size, dtype=dtype, device="cpu") for size, dtype in sizes]
         self.fill(made)
         return made
 

@@ -19,7 +19,7 @@ class Staging:
     def __init__(self, initial: Sequence[Tensor], device: torch.device) -> None:
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in initial]
         *begins, total = itertools.accumulate(sizes, initial=0)
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         self._device = torch.zeros_like(self._host, device=device)
 
         def views(memory: Tensor) -> list[Tensor]:
