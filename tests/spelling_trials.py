@@ -31,14 +31,14 @@ from hstu_compile.passes.inplace import make_out_of_place
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
 from tests.fbgemm_stand_ins import in_plain_pytorch
-from tests.spelled import MUTATIONS, Layer, Sizes, arguments, build, write
+from tests.spelled import MUTATIONS, Layer, Setting, arguments, build, write
 from tests.tracing import traced
 from tests.without_codegen import inductor_without_codegen
 
 BATCHES = (3, 5)  # one is captured, the others must run on the same graph
 DRAWS = 6  # an error that is bad luck is gone in the maximum over more draws; a wrong number is not
 NUDGES = 8  # of the inputs of each draw
-SIZES = {"cpu": Sizes(), "cuda": Sizes(64, 32, 150, ("bfloat16",) * 4 + ("float32",))}  # those of the kernels
+SETTINGS = {"cpu": Setting(), "cuda": Setting(64, 32, 150, ("bfloat16",) * 4 + ("float32",), "cuda")}
 
 
 @dataclass
@@ -114,7 +114,7 @@ def values_and_gradients(call: Call, leaves: list[Tensor], args: tuple[Tensor, .
     x = x.clone().requires_grad_()
     torch.manual_seed(1)
     out = call(x, *rest)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), device="cpu").to(out)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
     grads = torch.autograd.grad(out, [x, *leaves], upstream, allow_unused=True)
     return [out, *(torch.zeros_like(t) if g is None else g for t, g in zip([x, *leaves], grads, strict=True))]
 
@@ -163,7 +163,7 @@ def _nudged(
         with in_plain_pytorch():
             exact = values_and_gradients(double, parameters, (x.double(), *rest))
             for _ in range(NUDGES):
-                signs = torch.randint(2, x.shape, generator=dice, device="cpu").to(x.device) * 2 - 1
+                signs = torch.randint(2, x.shape, generator=dice).to(x.device) * 2 - 1
                 nudged = values_and_gradients(double, parameters, (x.double() * (1 + half * signs), *rest))
                 found.append(list(zip(exact, nudged, exact, strict=True)))
     return found
@@ -183,9 +183,9 @@ def _wrong(names: list[str], draws: list[list[tuple[Tensor, Tensor, Tensor]]]) -
     return None
 
 
-def layer_of(seed: int, *, mutated: bool = False, sizes: Sizes | None = None) -> Layer:
+def layer_of(seed: int, *, mutated: bool = False, setting: Setting | None = None) -> Layer:
     dice = random.Random(seed)
-    return write(dice, dice.choice(MUTATIONS) if mutated else None, sizes)
+    return write(dice, dice.choice(MUTATIONS) if mutated else None, setting)
 
 
 def by_choice(outcomes: list[Outcome], missed: Callable[[Outcome], bool], least: int = 3) -> Iterable[str]:
@@ -239,18 +239,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--mutated", action="store_true")
     parser.add_argument("--through", choices=["trace", "dynamo", "inductor"], default="trace")
-    parser.add_argument("--device", choices=list(SIZES), default="cpu")
+    parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="how many sequences, in turn")
     parser.add_argument("--show", action="store_true", help="print each layer's text and report")
     parser.add_argument("--missed", help="print the seeds of layers in which this pass found nothing")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_default_device(chosen.device)
     through = through_trace if chosen.through == "trace" else through_dynamo
     outcomes: list[Outcome] = []
     for _ in [None] if chosen.through == "inductor" else inductor_without_codegen(pytest.MonkeyPatch()):
         for seed in range(chosen.seed, chosen.seed + chosen.count):
-            layer = layer_of(seed, mutated=chosen.mutated, sizes=SIZES[chosen.device])
+            layer = layer_of(seed, mutated=chosen.mutated, setting=SETTINGS[chosen.device])
             try:
                 outcomes.append(try_out(layer, seed, through, chosen.batches))
             except Exception as error:

@@ -8,13 +8,14 @@ from typing import NamedTuple, TypeVar
 Way = TypeVar("Way")
 
 
-class Sizes(NamedTuple):
-    """Of layers and their arguments, and the dtypes that are picked from."""
+class Setting(NamedTuple):
+    """Sizes of layers and their arguments, the dtypes that are picked from, and where they are."""
 
     embedding: int = 16
     head_dim: int = 4
     longest: int = 9
     dtypes: tuple[str, ...] = ("float32",) * 12 + ("bfloat16",)
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Layer:
     choices: dict[str, str]
     jagged: bool
     dtype: str  # of parameters and x: "float32" or "bfloat16"
-    sizes: Sizes
+    setting: Setting
     mutation: str | None = None
 
     @property
@@ -38,7 +39,7 @@ class Layer:
 class Author:
     """Text so far: `setup` are the lines of __init__, `lines` those of forward.
 
-    Sizes in the text: b, n; h heads, d wide (q and k) and w wide (u and v). `split` says whether u, v, q and k are
+    Setting in the text: b, n; h heads, d wide (q and k) and w wide (u and v). `split` says whether u, v, q and k are
     still [..., h * d] or already [..., h, d].
     """
 

@@ -1,8 +1,10 @@
 """A whole layer: norm, projections, padding, attention, gate and output; and the module that its text makes."""
 
+import functools
 import itertools
 import linecache
 import random
+import re
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import tests.fbgemm_stand_ins  # noqa: F401
 from tests.spelled.attention import SILU, write_attention
-from tests.spelled.author import Author, Layer, Sizes
+from tests.spelled.author import Author, Layer, Setting
 
 MUTATIONS = (
     *("causal + 1", "causal - 1", "anticausal", "a hole", "half the mask", "padding + 1", "divisor by column"),
@@ -19,6 +21,7 @@ MUTATIONS = (
     *("q shifted", "norm over tokens", "norm of u", "norm without mean", "gate with tanh", "gate of v"),
 )
 SPLIT_INTO_HEADS = ("view, unbind", "by head", "by head, unbind")
+CREATIONS = re.compile(r"\btorch\.(arange|ones|zeros|eye|full|tensor|linspace)\(")
 HEADER = """\
 import math
 import torch
@@ -39,23 +42,23 @@ class Layer(nn.Module):
 """
 
 
-def write(rng: random.Random, mutation: str | None = None, sizes: Sizes | None = None) -> Layer:
+def write(rng: random.Random, mutation: str | None = None, setting: Setting | None = None) -> Layer:
     """A layer; with a mutation, one in which that could take place."""
     while True:
         author = Author(rng, mutation)
-        layer = _write(author, sizes or Sizes())
+        layer = _write(author, setting or Setting())
         if mutation is None or author.mutated:
             return layer
 
 
-def _write(author: Author, sizes: Sizes) -> Layer:
+def _write(author: Author, setting: Setting) -> Layer:
     layout = author.pick("layout", ["dense"] * 5 + ["jagged, fbgemm", "jagged, own indices", "jagged, x padded"])
     jagged = layout != "dense"
     author.heads = author.rng.choice([1, 2, 2, 2, 2, 3])
     author.choices["number of heads"] = str(author.heads)
-    dtype = author.pick("dtype", sizes.dtypes)
+    dtype = author.pick("dtype", setting.dtypes)
     equal = author.sometimes("q as wide as v", 0.75)
-    attn_dim, hidden_dim = sizes.head_dim, sizes.head_dim * (1 if equal else 2)
+    attn_dim, hidden_dim = setting.head_dim, setting.head_dim * (1 if equal else 2)
     author.half = dtype == "bfloat16"
     lines = author.lines
     _sizes(author, layout)
@@ -93,13 +96,13 @@ def _write(author: Author, sizes: Sizes) -> Layer:
         heads=author.heads,
         attn_dim=attn_dim,
         hidden_dim=hidden_dim,
-        embedding=sizes.embedding,
-        longest=sizes.longest,
+        embedding=setting.embedding,
+        longest=setting.longest,
         setup="\n".join(_indented(author.setup, 8)),
         lines="\n".join(_indented(lines, 8)),
         second="offsets" if jagged else "lengths",
     )
-    return Layer(source, author.choices, jagged, dtype, sizes, author.mutation)
+    return Layer(source, author.choices, jagged, dtype, setting, author.mutation)
 
 
 def _indented(lines: list[str], by: int = 4) -> list[str]:
@@ -327,38 +330,41 @@ def _output(author: Author) -> None:
 
 
 def build(layer: Layer, *, double: bool = False) -> nn.Module:
-    """The module, in eval mode, with parameters of its dtype; or the same one that computes in float64 throughout.
-
-    As its text names no device, it and the arguments are on torch's default device.
-    """
-    source = layer.source.replace('autocast("cpu"', f'autocast("{torch.get_default_device().type}"')
+    """The module, in eval mode, with parameters of its dtype; or the same one that computes in float64 throughout."""
+    device = layer.setting.device
+    source = layer.source.replace('autocast("cpu"', f'autocast("{device}"')
+    if device != "cpu":  # the text names none
+        source = CREATIONS.sub(r"created(torch.\1, ", source)
     if double:
         for narrow in (".float()", "torch.float32", "dtype=torch.bfloat16"):
             wide = {".float()": ".double()", "torch.float32": "torch.float64"}.get(narrow, "enabled=False")
             source = source.replace(narrow, wide)
     filename = f"<spelling {hash(source):x}>"
     linecache.cache[filename] = len(source), None, source.splitlines(True), filename
-    namespace: dict[str, Any] = {"__name__": "tests.spelled.written"}
+    namespace: dict[str, Any] = {"__name__": "tests.spelled.written", "created": functools.partial(_created, device)}
     exec(compile(source, filename, "exec"), namespace)
     module: nn.Module = namespace["Layer"]()
-    return module.to(torch.float64 if double else getattr(torch, layer.dtype)).eval()
+    return module.to(device, torch.float64 if double else getattr(torch, layer.dtype)).eval()
+
+
+def _created(where: str, create: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return create(*args, **{"device": where, **kwargs})
 
 
 def arguments(layer: Layer, batch: int, seed: int) -> tuple[Tensor, ...]:
     """x, lengths or offsets, mask, times, num_targets for a batch of so many sequences."""
-    dice, longest = torch.Generator().manual_seed(seed), layer.sizes.longest
-    with torch.device("cpu"):  # the same numbers on every device
-        if batch > 1:
-            lengths = torch.randint(2, longest + 1, (batch,), generator=dice)
-            lengths[0] = longest
-        else:  # two tokens would be taken for as many as there are offsets
-            lengths = torch.randint(3, longest + 1, (batch,), generator=dice)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        shape = (int(offsets[-1]),) if layer.jagged else (batch, longest)
-        x = torch.randn(*shape, layer.sizes.embedding, generator=dice).to(getattr(torch, layer.dtype))
-        real = torch.arange(longest) < lengths[:, None]
-        mask = torch.ones(longest, longest).tril() * real[:, None] * real[:, :, None]
-        times = torch.randint(0, 1000, (batch, longest), generator=dice).sort(1).values
-        num_targets = torch.randint(0, 3, (batch,), generator=dice)
+    dice, longest = torch.Generator().manual_seed(seed), layer.setting.longest
+    if batch > 1:
+        lengths = torch.randint(2, longest + 1, (batch,), generator=dice)
+        lengths[0] = longest
+    else:  # two tokens would be taken for as many as there are offsets
+        lengths = torch.randint(3, longest + 1, (batch,), generator=dice)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    shape = (int(offsets[-1]),) if layer.jagged else (batch, longest)
+    x = torch.randn(*shape, layer.setting.embedding, generator=dice).to(getattr(torch, layer.dtype))
+    real = torch.arange(longest) < lengths[:, None]
+    mask = torch.ones(longest, longest).tril() * real[:, None] * real[:, :, None]
+    times = torch.randint(0, 1000, (batch, longest), generator=dice).sort(1).values
+    num_targets = torch.randint(0, 3, (batch,), generator=dice)
     given = x, offsets if layer.jagged else lengths, mask, times, num_targets
-    return tuple(t.to(torch.get_default_device()) for t in given)
+    return tuple(t.to(layer.setting.device) for t in given)
