@@ -113,7 +113,8 @@ class _Change:
         except NotUnderstood:
             return None
         change = cls(node, moved, (batch, seq_len, tokens), expression)
-        return change if len(change._counts) == 1 else None
+        nothing = any(same(size, 0) for size in (batch, seq_len))
+        return change if len(change._counts) == 1 and not nothing else None
 
     def offsets(self) -> fx.Node | None:
         """The node that holds them, which is relied on from here on."""
@@ -163,12 +164,14 @@ class _Change:
         hints = symbol_hints(self.node.graph)
         tried = []
         batch, seq_len, tokens = self.sizes
+        given = tokens if isinstance(tokens, int) else 0
         for sequences, longest, full in TRIED:
             chosen = {symbol: hints.get(symbol, UNKNOWN_SIZE) for symbol in symbols}
+            # Sizes that are fixed may be any: the others give place to as many tokens.
             chosen |= solve(batch, sequences, chosen)
-            chosen |= solve(seq_len, longest, chosen)
-            places = math.prod(IndexSpace(chosen, {}, rank=3).sizes((batch, seq_len)))  # a fixed size may be any
-            chosen |= solve(tokens, max(1, int(full * places)), chosen)
+            chosen |= solve(seq_len, max(longest, math.ceil(given / full / _number(batch, chosen))), chosen)
+            chosen |= solve(batch, max(sequences, math.ceil(given / full / _number(seq_len, chosen))), chosen)
+            chosen |= solve(tokens, max(1, int(full * _number(batch, chosen) * _number(seq_len, chosen))), chosen)
             tried.append(chosen)
         return tried
 
@@ -229,6 +232,10 @@ class _Sequences:
     def offset(self, b: Tensor) -> Tensor:
         """Of sequence b [BATCHES, PLACES, 1]."""
         return self.offsets.gather(1, b[..., 0])[..., None]
+
+
+def _number(size: Size, symbols: Symbols) -> int:
+    return IndexSpace(symbols, {}, rank=3).scalar(size)
 
 
 def _mark(*at: Tensor) -> Tensor:

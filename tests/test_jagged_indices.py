@@ -1,5 +1,6 @@
 """Padding and unpadding by the indices of a model's own: the attention is jagged; nothing else is taken for it."""
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hstu_compile
+from bench.native_jagged import HSTUBlock
 from hstu_compile import compiler
 from hstu_compile.ops.hstu_attention import PARAMETERS
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
@@ -84,6 +86,10 @@ OTHERS: dict[str, tuple[Move, Move]] = {  # not a change of layout
 }
 
 
+def offsets_of(lengths: list[int]) -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+
+
 Batch = tuple[list[int], int]  # lengths, the longest
 BATCHES: dict[str, tuple[Batch, ...]] = {
     "some sequences": (([4, 0, 7, 3], 9), ([3, 9, 2, 0, 8, 5], 10)),
@@ -105,32 +111,38 @@ class Layer(nn.Module):
         return u * self.unpad(torch.einsum("bhij,bjhd->bihd", weights, v), at)
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[compiler.Rewritten]:
+    """What the passes make of every graph from here on."""
+    graphs, rewrite = [], compiler.rewrite
+
+    def watch(*args):
+        graphs.append(rewrite(*args))
+        return graphs[-1]
+
+    monkeypatch.setattr(compiler, "rewrite", watch)
+    torch._dynamo.reset()
+    return graphs
+
+
+def assert_same_numbers(run: Callable[..., Tensor], model: nn.Module, x: Tensor, *others: Tensor | int) -> None:
+    values = []
+    for call, given in ((run, x), (model, x), (copy.deepcopy(model).double(), x.double())):
+        given = given.detach().requires_grad_()
+        out = call(given, *others)
+        values.append((out, *torch.autograd.grad(out.square().sum(), given)))
+    for triple, m in zip(zip(*values, strict=True), (FORWARD, BACKWARD), strict=True):
+        assert_within_budget(*triple, m)
+
+
 def check(
     layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, batches: tuple[Batch, ...], made: type = Layer
 ) -> list[torch.fx.Node]:
     """Numbers in budget, on one graph for all sizes; returns the calls of the attention in it."""
-    graphs, rewrite = [], compiler.rewrite
-
-    def watched(*args):
-        graphs.append(rewrite(*args))
-        return graphs[-1]
-
-    monkeypatch.setattr(compiler, "rewrite", watched)
-    torch._dynamo.reset()
-    model, double = made(*layer), made(*layer).double()
-    double.load_state_dict(model.state_dict())
-    run = torch.compile(
-        model, backend=hstu_compile.backend, options={"enable": ("attention",)}, dynamic=True, fullgraph=True
-    )
+    graphs, model = watched(monkeypatch), made(*layer)
+    options = {"enable": ("attention",)}
+    run = torch.compile(model, backend=hstu_compile.backend, options=options, dynamic=True, fullgraph=True)
     for lengths, n in batches:
-        x, offsets = torch.randn(sum(lengths), 12), F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-        values = []
-        for call, given in ((run, x), (model, x), (double, x.double())):
-            given = given.clone().requires_grad_()
-            out = call(given, offsets, n)
-            values.append((out, *torch.autograd.grad(out.square().sum(), given)))
-        for triple, m in zip(zip(*values, strict=True), (FORWARD, BACKWARD), strict=True):
-            assert_within_budget(*triple, m)
+        assert_same_numbers(run, model, torch.randn(sum(lengths), 12), offsets_of(lengths), n)
     assert len(graphs) == 1, "another size compiled again"
     assert graphs[0].graph is not None, str(graphs[0].report)
     return list(graphs[0].graph.graph.find_nodes(op="call_function", target=ATTENTION))
@@ -170,3 +182,30 @@ class ScaledRows(Layer):
 def test_a_factor_of_the_rows(unpad: str, batches, monkeypatch: pytest.MonkeyPatch, compiles) -> None:
     (call,) = check((PADDED["where"], UNPADDED[unpad]), monkeypatch, batches, ScaledRows)
     assert call.args[SEQ_OFFSETS] is not None
+
+
+ONE, MANY, OTHERS_MANY = [7], [4, 3, 9, 6, 3, 8, 5, 4], [5, 3, 9, 4]
+
+
+@pytest.mark.parametrize("marked", [(), (1, 2)], ids=["", "sequences marked dynamic"])
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("first", [ONE, MANY], ids=["one sequence first", "many first"])
+def test_batches_of_one_and_of_many_after_each_other(
+    first: list[int], dynamic: bool | None, marked: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, compiles
+) -> None:
+    """An unmodified block is jagged in whatever graphs Dynamo makes of it."""
+    graphs, model = watched(monkeypatch), HSTUBlock(1, 16, 2, 8, 20)
+    call = torch.compile(model, backend=hstu_compile.backend, dynamic=dynamic, fullgraph=True)
+
+    def run(*arguments) -> Tensor:
+        for k in marked if len(arguments[2]) > 1 else ():  # a size of 1 is fixed
+            torch._dynamo.mark_dynamic(arguments[k], 0)
+        return call(*arguments)
+
+    second = MANY if first is ONE else ONE
+    for lengths in (first, second, [n - 1 for n in first], OTHERS_MANY, [n + 1 for n in second]):
+        x, num_targets = torch.randn(sum(lengths), 16), torch.arange(len(lengths)) % 3
+        assert_same_numbers(run, model, x, offsets_of(lengths), num_targets, max(lengths))
+    assert 2 <= len(graphs) <= 4
+    for graph in graphs:
+        assert "; jagged;" in graph.report.fused("attention")[0].what, str(graph.report)
