@@ -8,7 +8,7 @@ from bench import convergence as runs
 from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
 from bench.convergence_check import smoothed, window
-from bench.tables import ROOT, Row, layer_label, layer_steps, results
+from bench.tables import ROOT, Row, inference_way, layer_label, layer_steps, results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +103,36 @@ def convergence(heading: str, rows: list[Row]) -> "Figure":
     return figure
 
 
-PLOTS = {"attention": attention, "layer": layer, "convergence": convergence}
+def inference(heading: str, rows: list[Row]) -> "Figure":
+    """Latency of a whole model's requests over their tokens, by batch; what the GPU does while users are loaded."""
+    from matplotlib.figure import Figure
+
+    model, timeline = ([row for row in rows if row["what"] == what] for what in ("model", "timeline"))
+    batches = sorted({row["batch"] for row in model})
+    figure = Figure(figsize=(5 * len(batches) + 7, 5), layout="constrained")
+    figure.suptitle(f"Requests to a model of {model[0]['num_layers']} HSTU layers, p50\n{heading}", fontsize="medium")
+    *columns, last = figure.subplots(1, len(batches) + 1, width_ratios=[5] * len(batches) + [7])
+    for axes, batch in zip(columns, batches, strict=True):
+        for way in dict.fromkeys(map(inference_way, model)):
+            points = sorted(
+                (r["seq_len"], r["p50_ms"]) for r in model if (inference_way(r), r["batch"]) == (way, batch)
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=way)
+        axes.set_title(f"{batch} users, ms")
+        axes.set_xlabel("tokens of each")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    for line, row in enumerate(timeline):
+        colour = {"onload": "C0", "compute": "C1"}[row["lane"]]
+        last.broken_barh([(start, end - start) for start, end in row["intervals"]], (line - 0.4, 0.8), color=colour)
+    last.set_yticks(range(len(timeline)), [row["lane"] for row in timeline])
+    last.set_title(f"a request of {timeline[0]['batch']} users from the host" if timeline else "no timeline")
+    last.set_xlabel("ms")
+    return figure
+
+
+PLOTS = {"attention": attention, "layer": layer, "convergence": convergence, "inference": inference}
 
 
 def draw(name: str, root: Path = ROOT) -> Path:

@@ -227,7 +227,7 @@ def _rate(row: Row | None) -> str:
 def inference(rows: list[Row]) -> str:
     """Requests to a block of layers and to a whole model: latency, by where the cache has their users."""
     parts = []
-    for what in dict.fromkeys(row["what"] for row in rows):
+    for what in dict.fromkeys(row["what"] for row in rows if row["what"] != "timeline"):
         found = [row for row in rows if row["what"] == what]
         ways = list(dict.fromkeys(map(inference_way, found)))
         requests: dict[tuple, dict[str, Row]] = {}

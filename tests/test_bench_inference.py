@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
-from bench import inference_e2e, inference_layer, tables
+from bench import inference_e2e, inference_layer, inference_timeline, tables
 from tests.without_codegen import inductor_without_codegen
 
 compiles = pytest.fixture(inductor_without_codegen)
@@ -30,3 +32,23 @@ def test_block_and_model(tmp_path: Path, compiles, capsys: pytest.CaptureFixture
     assert "host: TierCounters(hits=" in capsys.readouterr().out
     table = tables.render("inference", tmp_path)
     assert "| 2 | 48 | 24 | 4 |" in table and "in host memory, graph" in table
+
+
+def test_lanes_of_a_timeline() -> None:
+    def event(
+        name: str, stream: int, start: float, end: float, device: DeviceType = DeviceType.CUDA
+    ) -> SimpleNamespace:
+        time_range = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_resource_id=stream, device_type=device, time_range=time_range)
+
+    events = [
+        event("cudaLaunchKernel", 0, 0, 3000, DeviceType.CPU),
+        event("Memcpy HtoD (Pinned -> Device)", 7, 1000, 2000),
+        event("index_copy", 7, 2001, 2100),
+        event("Memcpy HtoD (Pinned -> Device)", 7, 2102, 3500),
+        event("product_kernel", 9, 2200, 3000),
+        event("product_kernel", 9, 3400, 4000),
+    ]
+    named = dict(inference_timeline.lanes(events))
+    assert named == {"onload": [[0, 2.5]], "compute": [[pytest.approx(1.2), 2], [pytest.approx(2.4), 3]]}
+    assert inference_timeline.overlap(named["onload"], named["compute"]) == pytest.approx(0.9)
