@@ -21,7 +21,7 @@ from hstu_compile.passes.index_space import arguments, is_scalar, op_name, symbo
 from hstu_compile.passes.paged_attention import APPEND, INPUTS, PAGED, geometry
 from hstu_compile.passes.report import source_line
 from hstu_compile.passes.row_wise import handler
-from hstu_compile.passes.selected_rows import CHOSEN
+from hstu_compile.passes.selection import CHOSEN
 
 
 class NotCacheable(Exception):

@@ -5,7 +5,6 @@
 The new rows are selected up to the inputs and down to the outputs by `selected_rows`.
 """
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from hstu_compile.passes.graph import argument, aten, is_call, shape, value
+from hstu_compile.passes.graph import argument, aten, shape, value
+from hstu_compile.passes.idle_dropout import remove_idle_dropout
 from hstu_compile.passes.index_space import arguments
-from hstu_compile.passes.selected_rows import Selection
+from hstu_compile.passes.selected_rows import SelectedRows
 
 ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 PAGED = torch.ops.hstu_compile.paged_hstu_attention.default
@@ -63,7 +63,7 @@ def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
     inputs = dict(zip(INPUTS, _inputs(gm.graph, (rows, begins, table, counts, counts)), strict=True))
 
     def paged(layer: int) -> Any:
-        def replace(selection: Selection, node: fx.Node) -> fx.Node:
+        def replace(selection: SelectedRows, node: fx.Node) -> fx.Node:
             a = arguments(node)
             q, k, v = (selection.at(a[name], (selection.rows,)) for name in "qkv")
             with gm.graph.inserting_before(node):
@@ -85,14 +85,14 @@ def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
 
     for layer, pool in enumerate(pools):
         gm.register_buffer(f"hstu_compile_pool_{layer}", pool, persistent=False)
-    selection = Selection(gm, inputs["rows"], {node: paged(layer) for layer, node in enumerate(layers)})
+    selection = SelectedRows(gm, inputs["rows"], {node: paged(layer) for layer, node in enumerate(layers)})
     chosen = selection.run()
     gm.graph.lint()
     gm.recompile()
     return Paged(chosen, selection.reads, selection.computed_whole)
 
 
-def _written(selection: Selection, like: fx.Node, inputs: dict[str, fx.Node], page_size: int) -> fx.Node:
+def _written(selection: SelectedRows, like: fx.Node, inputs: dict[str, fx.Node], page_size: int) -> fx.Node:
     """The page table without pages that are full: what is full never changes, for it may be being copied."""
     table, device = inputs["page_table"], value(inputs["page_table"]).device
     ends = (page_size, page_size * (shape(table)[1] + 1), page_size)
@@ -111,19 +111,6 @@ def _inputs(graph: fx.Graph, values: Sequence[Tensor]) -> list[fx.Node]:
         last.meta["val"] = fake
         found.append(last)
     return found
-
-
-def remove_idle_dropout(graph: fx.Graph) -> None:
-    """Dropout outside of training is nothing."""
-    for node in list(graph.nodes):
-        if is_call(node, aten.dropout.default, aten.feature_dropout.default) and not argument(node, 2, "train"):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif is_call(node, aten.native_dropout.default) and argument(node, 2, "train") is False:
-            for part in list(node.users):
-                if part.target is operator.getitem and part.args[1] == 0:
-                    part.replace_all_uses_with(node.args[0])
-                    graph.erase_node(part)
 
 
 def geometry(node: fx.Node) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from hstu_compile.passes.jagged import padded_by_call, unpadded_by_call
 from hstu_compile.passes.report import source_line
 
 if TYPE_CHECKING:
-    from hstu_compile.passes.selected_rows import Selection
+    from hstu_compile.passes.selection import Selection
 
 Coordinate = fx.Node | int
 Index = tuple[Coordinate, ...]

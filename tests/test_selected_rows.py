@@ -11,7 +11,7 @@ import tests.fbgemm_stand_ins  # noqa: F401
 from hstu_compile.passes.graph import is_floating, same, shape, value
 from hstu_compile.passes.jagged import read_offsets_at_their_source
 from hstu_compile.passes.row_wise import MixesRows
-from hstu_compile.passes.selected_rows import Selection
+from hstu_compile.passes.selected_rows import SelectedRows
 from tests.tracing import traced
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ ROWS = torch.tensor([2, 3, 4, 8, 10])
 WEIGHT, TABLE = torch.randn(WIDTH, WIDTH), torch.randn(20, WIDTH)
 
 
-def selected(function: Callable[..., Tensor]) -> tuple[fx.GraphModule, Selection, list[bool]]:
+def selected(function: Callable[..., Tensor]) -> tuple[fx.GraphModule, SelectedRows, list[bool]]:
     """The graph of function(weight, table, x, ids, offsets) where relu is computed at the rows of a further input."""
     args = [torch.zeros(T, WIDTH), torch.zeros(T, dtype=torch.int64), OFFSETS]
     gm = traced(lambda w, t, *others: function(*others, w, t), args, fixed=[WEIGHT, TABLE])
@@ -33,11 +33,11 @@ def selected(function: Callable[..., Tensor]) -> tuple[fx.GraphModule, Selection
     with mode:
         rows.meta["val"] = torch.empty(mode.shape_env.create_unbacked_symint(), dtype=torch.int64)
 
-    def relu(selection: Selection, node: fx.Node) -> fx.Node:
+    def relu(selection: SelectedRows, node: fx.Node) -> fx.Node:
         return selection.call(node, aten.relu.default, (selection.at(node.all_input_nodes[0], (selection.rows,)),))
 
     anchors = gm.graph.find_nodes(op="call_function", target=aten.relu.default)
-    selection = Selection(gm, rows, dict.fromkeys(anchors, relu))
+    selection = SelectedRows(gm, rows, dict.fromkeys(anchors, relu))
     chosen = selection.run()
     gm.graph.lint()
     gm.recompile()
