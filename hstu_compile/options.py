@@ -17,6 +17,7 @@ class Options:
     enable: tuple[str, ...] = NAMES  # passes that run
     disable: tuple[str, ...] = ()  # passes that do not
     debug_checks: bool = False  # check the values of offsets, lengths and counts on the GPU too (waits for the device)
+    last_layer_candidates_only: bool = False  # behind the last attention, compute only rows that are read
     recompute_input_layernorm: bool = False  # in the backward, instead of saving its output
     recompute_input_silu: bool = False
     recompute_uvqk: bool = False  # norm, projection and silu: the whole way from x to u, v, q, k
@@ -55,7 +56,8 @@ class Options:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        return tuple(name for name in NAMES if name in self.enable and name not in self.disable)
+        chosen = tuple(name for name in NAMES if name in self.enable and name not in self.disable)
+        return (*chosen, "candidates") if self.last_layer_candidates_only else chosen
 
 
 KNOWN = tuple(field.name for field in fields(Options))

@@ -18,6 +18,7 @@ from hstu_compile.passes.report import Report
 from hstu_compile.passes.searched_lists import as_whole
 
 NAMES = ("attention", "uvqk", "output", "packed_gradient", "table_lookup")
+ASKED_FOR = ("candidates",)  # after these, where an option turns it on
 
 # Calls whose body is an ordinary part of the model: it is captured and rewritten like the graph around it. Of
 # checkpointed regions only those with a context function: the others are captured as calls of the graph around them.
@@ -26,7 +27,8 @@ CALLS_OF_SUBGRAPHS = (tag_activation_checkpoint, invoke_subgraph)
 
 def apply(gm: fx.GraphModule, report: Report, names: Iterable[str] = NAMES) -> int:
     """Run the named passes in place, also inside checkpointed regions; returns how many regions were fused."""
-    modules = [importlib.import_module(f"hstu_compile.passes.{name}") for name in NAMES if name in set(names)]
+    chosen = [name for name in (*NAMES, *ASKED_FOR) if name in set(names)]
+    modules = [importlib.import_module(f"hstu_compile.passes.{name}") for name in chosen]
     fused = 0
     carry_inside(gm.graph, [call for part in parts(gm) for call in _calls(part)], CALLS_OF_SUBGRAPHS)
     for part in parts(gm):

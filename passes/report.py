@@ -13,6 +13,7 @@ COSTS = {
     "attention": "the scores, [B, H, N, N], are written and read in memory, forward and backward",
     "table_lookup": "the table's gradient is scattered with atomics",
     "output": "norm, gate and dropout are left to Inductor",
+    "candidates": "the last layer's projection, and what follows it, run for all rows, forward and backward",
     "packed_gradient": "the backward joins the gradients of u, v, q, k in a pass of its own",
     "uvqk": "the recompute options leave this layer as it is",
 }
