@@ -19,7 +19,7 @@ from torch import fx
 # `uid` numbers the checkpointed regions of a process.
 from torch._higher_order_ops.wrap import tag_activation_checkpoint, uid
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import (
@@ -84,6 +84,8 @@ def _trace(gm: fx.GraphModule, inputs: list[Any] | tuple[Any, ...]) -> fx.GraphM
         with traceback.preserve_node_meta():  # the user's own lines
             return _Recorder(gm).run(*args)
 
+    if isinstance(mode, FakeTensorMode):
+        mode.epoch += 1  # sizes that come from data (of x[mask]) are new ones: not those that Dynamo remembers
     with mode:
         captured = make_fx(run, pre_dispatch=True)(*inputs)
     for node, given in zip(placeholders(captured), inputs, strict=True):

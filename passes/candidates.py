@@ -34,36 +34,40 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     if not last:
         return 0
     remove_idle_dropout(gm.graph)
+    fused: list[Region] = []
+    while not isinstance(found := _move_first(gm.graph, last), Region):
+        fused += found  # what is read of the rows read is next
+    report.regions += fused or [found]
+    return len(fused)
+
+
+def _move_first(graph: fx.Graph, last: list[fx.Node]) -> list[Region] | Region:
+    """Move the reads that are behind no other; what was done, or why nothing was."""
     behind = _behind(last)
     vain: dict[fx.Node, Misfit] = {}  # reads that were not moved over a projection
-    while reads := _first_reads(gm.graph, behind, vain):
-        moved = move(gm.graph, reads)
+    while reads := _first_reads(graph, behind, vain):
+        moved = move(graph, reads)
         idle = {read.node: _obstacle(moved, read, behind) for read in reads if not _projections(moved, read)}
-        if not idle:
-            return _finish(moved, report)
+        try:
+            if not idle:
+                moved.check_order()
+                _check_number(moved)
+                regions = [_fused(moved, read) for read in reads]
+                moved.commit()
+                return regions
+        except Misfit as misfit:
+            idle = {read.node: misfit for read in reads}
         moved.discard()
         vain |= idle
     change = "read the rows that the loss needs by an index or a slice"
     nothing = Misfit("no call behind it reads some rows and leaves out others", change)
-    node, misfit = next(iter(vain.items()), (last[-1], nothing))
-    report.add(Region(NAME, WHAT, source_line(node), misfit.reason, change=misfit.change))
-    return 0
+    where, why = next(iter(vain.items()), (last[-1], nothing))
+    return Region(NAME, WHAT, source_line(where), why.reason, change=why.change)
 
 
-def _finish(moved: MovedReads, report: Report) -> int:
-    try:
-        moved.check_order()
-        _check_number(moved)
-    except Misfit as misfit:
-        moved.discard()
-        where = source_line(moved.reads[0].node)
-        report.add(Region(NAME, WHAT, where, misfit.reason, change=misfit.change))
-        return 0
-    for read in moved.reads:
-        names = ", ".join(spoken(node) for node in reversed(_projections(moved, read)))
-        report.add(Region(NAME, f"{WHAT}: {names}", source_line(read.node), kernel="cuBLAS and Inductor"))
-    moved.commit()
-    return len(moved.reads)
+def _fused(moved: MovedReads, read: RowRead) -> Region:
+    names = ", ".join(spoken(node) for node in reversed(_projections(moved, read)))
+    return Region(NAME, f"{WHAT}: {names}", source_line(read.node), kernel="cuBLAS and Inductor")
 
 
 def _last_attentions(graph: fx.Graph) -> list[fx.Node]:
@@ -104,16 +108,16 @@ def _obstacle(moved: MovedReads, read: RowRead, behind: set[fx.Node]) -> Misfit:
     """Why a read came to rest with no projection before it."""
     picked = [moved.picked[node] for node in moved.computed(read) if node in moved.picked]
     rest = next((node for node in picked if node in behind), read.source)
-    readers = [n for n in rest.users if n is not read.node and n not in moved.gone and not is_call(n, *SIZE_OF)]
-    if is_call(rest, *ATTENTIONS) or not (readers or rest in moved.reasons):
-        return Misfit("no projection stands between the last attention and the rows that are read")
-    change = f"read the rows before {spoken(rest)}, not after it"
-    if not readers:
-        return Misfit(str(moved.reasons[rest]), change)
-    reader = readers[0]
-    random = torch.Tag.nondeterministic_seeded in getattr(reader.target, "tags", ())
-    what = "drops elements of all rows at random" if random else "reads all rows"
-    return Misfit(f"{spoken(reader)} {what}, at {source_line(reader)}", f"let {spoken(reader)} read these rows only")
+    readers = [n for n in rest.users if n is not read.node and moved.stays(n) and not is_call(n, *SIZE_OF)]
+    if torch.Tag.nondeterministic_seeded in getattr(rest.target, "tags", ()):
+        change = f"{spoken(rest)} before the output projection, or of the rows that are read"
+        return Misfit(f"{spoken(rest)} draws random numbers for all rows, at {source_line(rest)}", change)
+    if readers:
+        change = f"let {spoken(readers[0])} read these rows only"
+        return Misfit(f"{spoken(readers[0])} reads all rows, at {source_line(readers[0])}", change)
+    if rest in moved.reasons and not is_call(rest, *ATTENTIONS):
+        return Misfit(str(moved.reasons[rest]), f"read the rows before {spoken(rest)}, not after it")
+    return Misfit("no projection stands between the last attention and the rows that are read")
 
 
 def _check_number(moved: MovedReads) -> None:

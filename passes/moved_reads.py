@@ -17,6 +17,7 @@ from hstu_compile.passes.graph import (
     is_tensor,
     same_shape,
     shape,
+    storages,
     value,
     writes_to,
 )
@@ -77,6 +78,9 @@ class MovedReads(Selection):
         super().__init__(graph, before=reads[0].node)
         self.reads, self.reasons = reads, reasons
         self.gone = {node for node in graph.nodes if node not in needed}
+        # What is read may be a view, itself needed, of what is not.
+        memory = storages(n for n in needed if n.op == "call_function").keys()
+        self._in_memory = memory - storages(read.source for read in reads).keys()
         self.missing: set[fx.Node] = set()
         self.picked: dict[fx.Node, fx.Node] = {}  # new call -> the whole value of which it picks rows
         self._order = {node: i for i, node in enumerate(graph.nodes)}
@@ -101,6 +105,10 @@ class MovedReads(Selection):
     def numbers(self) -> list[Index]:
         """The rows that are read, each selection of them once."""
         return list(self._index_of.values())
+
+    def stays(self, node: fx.Node) -> bool:
+        """Whether it was there before, and will be."""
+        return node in self._order and node not in self.gone
 
     def discard(self) -> None:
         for node in reversed(self._made):
@@ -143,7 +151,7 @@ class MovedReads(Selection):
     def _rows(self, node: fx.Node, index: Index) -> fx.Node:
         if not any(isinstance(i, fx.Node) for i in index):
             return self._first(node, index)
-        if node in self.gone:
+        if node in self.gone and not storages([node]).keys() & self._in_memory:  # a view of what is there costs nothing
             handle = handler(node)
             try:
                 if handle is None:
@@ -174,7 +182,7 @@ class MovedReads(Selection):
         if read.source not in self.gone:
             return read.node
         self._before = read.node
-        with _autocast_at(read.node):
+        with _autocast_at(read.node), _sizes_from_data_allowed(read.node):
             try:
                 numbers = self._numbers(read)
                 lead = shape(numbers[0])
@@ -217,6 +225,12 @@ class MovedReads(Selection):
                     yield node, self._size(node, value(node))
                 except MixesRows:
                     self.missing.add(node.all_input_nodes[0])
+
+
+def _sizes_from_data_allowed(node: fx.Node) -> contextlib.AbstractContextManager:
+    """Rows that a mask tells: their number is a symbol that a trace would have to account for, and this is none."""
+    shapes = value(node).fake_mode.shape_env
+    return contextlib.nullcontext() if shapes is None else shapes.ignore_fresh_unbacked_symbols()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Which rows these are is what the same call gives of a tensor of row numbers.
 """
 
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +63,14 @@ def row_read(node: fx.Node) -> RowRead | None:
     if not isinstance(source, fx.Node) or not is_tensor(source) or (call is not node) != (name in PARTS):
         return None
     dims = _dims(name, named, shape(source))
-    if dims is None or same_shape(shape(node), shape(source)):
+    if dims is None or same_shape(shape(node), shape(source)) or (name == "slice" and _is_all(named)):
         return None
     return RowRead(node, call, source, dims)
+
+
+def _is_all(named: dict[str, Any]) -> bool:
+    """x[:], whose size may be too complicated to be known as that of x."""
+    return (named["start"] or 0, named["step"]) == (0, 1) and named["end"] in (None, sys.maxsize)
 
 
 def _dims(name: str, named: dict[str, Any], sizes: tuple) -> int | None:

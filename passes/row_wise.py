@@ -124,7 +124,14 @@ def _filled(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Ind
 
 
 def _reshape(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index) -> fx.Node:
-    x = selection.at(a["self"], push(node, index, shape(node), shape(a["self"])))
+    new, old, pushed = shape(node), shape(a["self"]), index
+    if len(index) == 1 and len(old) > 1 and not same(new[0], old[0]) and same(new[0], old[0] * old[1]):
+        # [B, N, ..] -> [B * N, ..]
+        inner = selection.sizes(a["self"], (0,))[0]
+        outer = selection.call(node, aten.div.Scalar_mode, (index[0], inner), {"rounding_mode": "floor"})
+        pushed = (outer, selection.call(node, aten.remainder.Scalar, (index[0], inner)))
+        new = (*old[:2], *new[1:])
+    x = selection.at(a["self"], push(node, pushed, new, old))
     return selection.call(node, aten.reshape.default, (x, selection.sizes(node, index)))
 
 

@@ -4,10 +4,14 @@
 there up to the inputs and down to the outputs) and `candidates` (rows that are read of the last layer's output).
 """
 
+import functools
 import itertools
 import operator
+from collections.abc import Callable
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
 from hstu_compile.passes.graph import aten, insert_call, is_floating, is_tensor, same, shape, value
@@ -117,11 +121,30 @@ class Selection:
         """A size of this graph as an argument of a call."""
         if isinstance(size, int):
             return size
+        found = self._known(lambda other: same(other, size))
+        found = self._arithmetic(node, size.node.expr) if found is None else found
+        if found is None:
+            raise MixesRows(node, f"has a size, {size}, that nothing before it has")
+        return found
+
+    def _known(self, fits: Callable[[Any], bool]) -> fx.Node | None:
         for known in itertools.takewhile(lambda known: known is not self._before, self.graph.nodes):
-            if is_scalar(known) and same(value(known), size):
+            if is_scalar(known) and fits(value(known)):
                 return known
             if is_tensor(known) and known not in self.gone:
                 for dim, other in enumerate(shape(known)):
-                    if same(other, size):
+                    if fits(other):
                         return self.call(known, aten.sym_size.int, (known, dim))
-        raise MixesRows(node, f"has a size, {size}, that nothing before it has")
+        return None
+
+    def _arithmetic(self, node: fx.Node, size: sympy.Expr) -> Any:
+        """A sum or product of sizes that are there."""
+        if size.is_Integer:
+            return int(size)
+        if size.is_Symbol:
+            return self._known(lambda other: isinstance(other, torch.SymInt) and other.node.expr == size)
+        parts = [self._arithmetic(node, part) for part in size.args] if size.is_Add or size.is_Mul else [None]
+        if None in parts:
+            return None
+        calculate = operator.add if size.is_Add else operator.mul
+        return functools.reduce(lambda a, b: self.call(node, calculate, (a, b)), parts)
