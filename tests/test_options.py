@@ -35,6 +35,7 @@ def test_passes_by_name() -> None:
     assert Options(enable=("attention", "output")).passes == ("attention", "output")
     assert Options(enable="attention").passes == ("attention",)  # type: ignore[arg-type]
     assert Options(disable=("uvqk",)).passes == tuple(name for name in NAMES if name != "uvqk")
+    assert Options(last_layer_candidates_only=True).passes == (*NAMES, "candidates")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ def test_passes_by_name() -> None:
         ({"verify": "always"}, ["verify", "always", "first"]),
         ({"strict": 1}, ["strict", "True or False"]),
         ({"recompute_uvqk": "yes"}, ["recompute_uvqk", "yes"]),
+        ({"last_layer_candidates_only": "read_rows"}, ["last_layer_candidates_only", "read_rows", "True or False"]),
+        ({"enable": "candidates"}, ["candidates", *NAMES]),
         ({"expect": True}, ["expect"]),
     ],
 )
