@@ -88,13 +88,13 @@ def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _first_reads(graph: fx.Graph, behind: set[fx.Node], but: dict[fx.Node, Misfit]) -> list[RowRead]:
-    """The reads behind the last attention that are behind no other."""
+    """The reads behind the last attention of what is behind no other."""
     found: list[RowRead] = []
     covered: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in behind and node not in covered and node not in but and node.users:
+        if node in behind and node not in but and node.users:
             read = row_read(node)
-            if read is not None and read.source in behind:
+            if read is not None and read.source in behind - covered:
                 found.append(read)
                 covered |= _behind([node])
     return found

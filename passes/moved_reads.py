@@ -115,11 +115,9 @@ class MovedReads(Selection):
             self.graph.erase_node(node)
 
     def commit(self) -> None:
-        for size, elsewhere in self._sizes.items():
-            size.replace_all_uses_with(elsewhere)
-        for read in self.reads:
-            if self._results[read.node] is not read.node:
-                read.node.replace_all_uses_with(self._results[read.node])
+        replaced = self._sizes | self._results
+        for node in [user for old in replaced for user in old.users]:
+            node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: replaced.get(n, n))
         erase_dead([*(read.node for read in self.reads), *self._sizes, *self._made, *reversed(list(self.gone))])
 
     def check_order(self) -> None:
@@ -131,7 +129,8 @@ class MovedReads(Selection):
         passed = [node for node, _ in self._at if node in self.gone]
         first = min(map(self._order.__getitem__, passed))
         last = max(self._order[read.node] for read in self.reads)
-        values = {*passed, *self.picked.values(), *(read.node for read in self.reads)}
+        operands = (node for call in self._made for node in call.all_input_nodes if node in self._order)
+        values = {*passed, *operands, *(read.node for read in self.reads)}
         tensors = [node for node in values if is_tensor(node)]
         for node in self._order:
             if first < self._order[node] < last and node.target in MODES:
@@ -184,22 +183,27 @@ class MovedReads(Selection):
         self._before = read.node
         with _autocast_at(read.node), _sizes_from_data_allowed(read.node):
             try:
-                numbers = self._numbers(read)
-                lead = shape(numbers[0])
-                index: Index = tuple(
-                    n if len(lead) == 1 else self.call(n, aten.reshape.default, (n, [-1])) for n in numbers
-                )
-                index = self._index_of.setdefault(f"{read.which} of {shape(read.source)[: read.dims]}", index)
-                self._read_of.setdefault(index, read)
-                rows = self.at(read.source, index)
-                if len(lead) == 1:
-                    return rows
-                sizes: list[Any] = [*self.sizes(numbers[0], ()), *self.sizes(read.source, (0,) * read.dims)]
-                return self.call(read.node, aten.reshape.default, (rows, sizes))
+                return self._rows_of(read)
             except MixesRows as error:
                 self.reasons.setdefault(read.source, error)
                 self.missing.add(read.source)
                 return read.node
+
+    def _rows_of(self, read: RowRead) -> fx.Node:
+        numbers = self._numbers(read)
+        lead = shape(numbers[0])
+        index: Index = tuple(numbers)
+        if len(lead) != 1:
+            index = tuple(self.call(n, aten.reshape.default, (n, [-1])) for n in numbers)
+        index = self._index_of.setdefault(f"{read.which} of {shape(read.source)[: read.dims]}", index)
+        self._read_of.setdefault(index, read)
+        rows = self.at(read.source, index)
+        if value(rows).dtype != value(read.node).dtype:
+            raise MixesRows(read.source, f"is {value(rows).dtype} of these rows")
+        if len(lead) == 1:
+            return rows
+        sizes: list[Any] = [*self.sizes(numbers[0], ()), *self.sizes(read.source, (0,) * read.dims)]
+        return self.call(read.node, aten.reshape.default, (rows, sizes))
 
     def _numbers(self, read: RowRead) -> list[fx.Node]:
         """The coordinates of the rows read, one tensor for each of the source's leading dimensions."""
@@ -216,7 +220,7 @@ class MovedReads(Selection):
             found.append(numbers)
         return found
 
-    def _sizes_elsewhere(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+    def _sizes_elsewhere(self) -> Iterator[tuple[fx.Node, Any]]:
         """Whole values will be gone: sizes that are read of them are read of others."""
         for node in list(self._order):
             if is_call(node, *SIZE_OF) and node not in self.gone and node.all_input_nodes[0] in self.gone:

@@ -118,6 +118,10 @@ def _copy(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index
     return selection.at(a["self"], index)
 
 
+def _detach(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index) -> fx.Node:
+    return selection.call(node, aten.detach.default, (selection.at(a["self"], index),))
+
+
 def _filled(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Index) -> fx.Node:
     kwargs = {"dtype": value(node).dtype, "device": value(node).device}
     return selection.call(node, aten.full.default, (selection.sizes(node, index), number(node)), kwargs)
@@ -284,6 +288,8 @@ def _padded(selection: "Selection", node: fx.Node, a: dict[str, Any], index: Ind
         return selection.at(pad.values, (row,))
     if not isinstance(index[0], fx.Node) or not isinstance(index[1], fx.Node) or pad.padding is None:
         raise MixesRows(node, "makes dense rows of jagged ones")
+    if same(shape(pad.values)[0], 0):
+        raise MixesRows(node, "makes dense rows of no jagged ones")
     # Any cell: beyond the end of a sequence is padding.
     begin, end = (
         selection.call(node, aten.index.Tensor, (pad.offsets, [at]))
@@ -320,7 +326,8 @@ PARTS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(["to", "_to_copy", "type_as"], _cast),
-    **dict.fromkeys(["clone", "alias", "detach", "contiguous", "lift_fresh_copy"], _copy),
+    **dict.fromkeys(["clone", "alias", "contiguous", "lift_fresh_copy"], _copy),
+    "detach": _detach,
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"], _reshape),
     **dict.fromkeys(["squeeze", "unsqueeze"], _reshape),
     **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expand),

@@ -103,9 +103,9 @@ class Selection:
         raise NotImplementedError
 
     def _first(self, node: fx.Node, index: Index) -> fx.Node:
-        """What stands at 0 of leading dimensions of size 1."""
+        """What stands at 0 of leading dimensions of size 1; a tensor of one dimension still, which decides dtypes."""
         whole = self.whole(node)
-        for _ in index:
+        for _ in range(min(len(index), len(shape(node)) - 1)):
             whole = self.call(node, aten.select.int, (whole, 0, 0))
         return whole
 

@@ -88,6 +88,9 @@ JAGGED: dict[str, Read] = {
     "the same rows of two values": lambda m, y, o, rows: y[rows] @ m.norm(y)[rows].T,
     "a read of a read": lambda m, y, o, rows: m.scores(m.scores(y)[rows] @ m.head.weight)[1:],
     "read of a view": lambda m, y, o, rows: y.unflatten(-1, (2, -1)).transpose(1, 2)[rows],
+    "detached": lambda m, y, o, rows: (m.scores(y.detach())[rows] + y[rows][:, :3].detach(), m.scores(y)[rows]),
+    "in a wider dtype": lambda m, y, o, rows: (m.scores(y)[:, 0] * torch.ones(1, dtype=torch.float64))[rows],
+    "a read by a read": lambda m, y, o, rows: m.scores(y)[m.scores(y)[rows].argmax(0)],
     "sizes": lambda m, y, o, rows: y[rows] / y.shape[0],
 }
 DENSE: dict[str, Read] = {
@@ -238,10 +241,10 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
     yield from inductor_without_codegen(monkeypatch)
 
 
-def compiled(model: Callable, on: bool = True) -> Callable:
+def compiled(model: Callable, on: bool = True, dynamic: bool = True) -> Callable:
     torch._dynamo.reset()
     options = {"last_layer_candidates_only": on}
-    return torch.compile(model, backend=hstu_compile.backend, options=options, dynamic=True)
+    return torch.compile(model, backend=hstu_compile.backend, options=options, dynamic=dynamic)
 
 
 def linears(graph: fx.GraphModule) -> list[tuple[Any, ...]]:
@@ -271,9 +274,10 @@ def test_off_by_default(inductor: Compiled) -> None:
     x, lengths, model = torch.randn(3, 9, WIDTH), torch.tensor([9, 4, 7]), Ranking()
     off = compiled(model, on=False)(x, lengths)
     assert [len(shape) for shape in linears(inductor.graphs[-1])] == [3] * 5
-    on = compiled(model)(x, lengths)
-    assert [len(shape) for shape in linears(inductor.graphs[-1])] == [3, 3, 3, 2, 2]
-    torch.testing.assert_close(on, off)
+    for dynamic in (True, False):
+        on = compiled(model, dynamic=dynamic)(x, lengths)
+        assert [len(shape) for shape in linears(inductor.graphs[-1])] == [3, 3, 3, 2, 2]
+        torch.testing.assert_close(on, off)
 
 
 def test_dropout_is_that_of_all_rows(inductor: Compiled) -> None:
