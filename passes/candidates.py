@@ -14,6 +14,7 @@ import math
 import torch
 from torch import fx
 
+from hstu_compile.passes import unread_rows
 from hstu_compile.passes.graph import SIZE_OF, is_call, shape, total, value
 from hstu_compile.passes.idle_dropout import remove_idle_dropout
 from hstu_compile.passes.index_space import symbol_hints, symbols_of
@@ -37,6 +38,10 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     fused: list[Region] = []
     while not isinstance(found := _move_first(gm.graph, last), Region):
         fused += found  # what is read of the rows read is next
+    for attention in filter(unread_rows.skip, last):
+        fused.append(
+            Region(NAME, f"attention of blocks of {unread_rows.BLOCK} rows that are read", source_line(attention))
+        )
     report.regions += fused or [found]
     return len(fused)
 

@@ -181,7 +181,7 @@ class MovedReads(Selection):
         if read.source not in self.gone:
             return read.node
         self._before = read.node
-        with _autocast_at(read.node), _sizes_from_data_allowed(read.node):
+        with _autocast_at(read.node), sizes_from_data_ignored(read.node):
             try:
                 return self._rows_of(read)
             except MixesRows as error:
@@ -231,7 +231,7 @@ class MovedReads(Selection):
                     self.missing.add(node.all_input_nodes[0])
 
 
-def _sizes_from_data_allowed(node: fx.Node) -> contextlib.AbstractContextManager:
+def sizes_from_data_ignored(node: fx.Node) -> contextlib.AbstractContextManager:
     """Rows that a mask tells: their number is a symbol that a trace would have to account for, and this is none."""
     shapes = value(node).fake_mode.shape_env
     return contextlib.nullcontext() if shapes is None else shapes.ignore_fresh_unbacked_symbols()

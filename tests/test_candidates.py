@@ -14,7 +14,7 @@ import hstu_compile
 import tests.fbgemm_stand_ins  # noqa: F401
 from bench.native_layer import HSTUStack
 from hstu_compile.ops import hstu_attention
-from hstu_compile.passes import apply
+from hstu_compile.passes import NAMES, apply
 from hstu_compile.passes.graph import is_floating, same, shape
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
@@ -36,11 +36,11 @@ class Layer(nn.Module):
         self.norm, self.uvqk = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH)
         self.out_norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, longest: int = N) -> Tensor:
         u, v, q, k = F.silu(self.uvqk(self.norm(x))).chunk(4, dim=-1)
         q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in (q, k, v))
         jagged = {"seq_offsets": offsets} if x.dim() == 2 else {}
-        a = hstu_attention(q, k, v, max_seq_len=N, alpha=0.5, scaling_seq_len=N, **jagged).flatten(-2)
+        a = hstu_attention(q, k, v, max_seq_len=longest, alpha=0.5, scaling_seq_len=N, **jagged).flatten(-2)
         return x + self.out(self.out_norm(a) * u)
 
 
@@ -90,6 +90,7 @@ JAGGED: dict[str, Read] = {
     "read of a view": lambda m, y, o, rows: y.unflatten(-1, (2, -1)).transpose(1, 2)[rows],
     "detached": lambda m, y, o, rows: (m.scores(y.detach())[rows] + y[rows][:, :3].detach(), m.scores(y)[rows]),
     "in a wider dtype": lambda m, y, o, rows: (m.scores(y)[:, 0] * torch.ones(1, dtype=torch.float64))[rows],
+    "idle dropout": lambda m, y, o, rows: m.scores(F.dropout(y, 0.5, training=False))[rows],
     "a read by a read": lambda m, y, o, rows: m.scores(y)[m.scores(y)[rows].argmax(0)],
     "sizes": lambda m, y, o, rows: y[rows] / y.shape[0],
 }
@@ -172,6 +173,13 @@ def test_only_rows_that_are_read(layout: str, name: str) -> None:
         others = [torch.randn(9, WIDTH), torch.tensor([0, 4, 9]), torch.tensor([3, 3, 8, 0, 1])]
         assert_as_good_as_eager(gm, model, others)
         assert_as_good_as_eager(gm, model, [*others[:2], torch.zeros(0, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("name", ["padded, last cell", "of the head", "prefix"])
+def test_no_tokens(name: str) -> None:
+    model = Stack(JAGGED[name])
+    args = [torch.zeros(0, WIDTH), torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)]
+    assert_as_good_as_eager(rewritten(model, args)[0], model, args)
 
 
 def in_place(m: Stack, y: Tensor, o: Tensor, rows: Tensor) -> Tensor:
@@ -344,3 +352,54 @@ def test_checkpointed_layer(inductor: Compiled) -> None:
     for a, b in zip(*(outputs_and_gradients(f, model, [x, lengths]) for f in (compiled(call), call)), strict=True):
         torch.testing.assert_close(a, b)
     assert [len(shape) for shape in linears(inductor.graphs[-1])] == [3, 3, 3, 2, 2]
+
+
+LONG = 300
+
+
+class LongStack(Stack):
+    """Sequences of several blocks."""
+
+    def forward(self, x: Tensor, offsets: Tensor, rows: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x, offsets, LONG)
+        return self.read(self, x, offsets, rows)
+
+
+UNREAD: dict[str, tuple[str, Read, int]] = {
+    "last of each": ("jagged", lambda m, y, o, rows: m.scores(y)[o[1:] - 1], 3),
+    "rows": ("jagged", lambda m, y, o, rows: m.scores(y)[rows], 4),
+    "two reads": ("jagged", lambda m, y, o, rows: (m.scores(y)[rows], y[:5]), 4),
+    "mask": ("jagged", lambda m, y, o, rows: m.scores(y)[torch.arange(y.shape[0]) < 3], 1),
+    "slice": ("dense", lambda m, y, o, rows: m.scores(y)[:, -20:], 2),
+    "one": ("dense", lambda m, y, o, rows: m.scores(y)[:, 5], 2),
+    "cells": ("dense", lambda m, y, o, rows: m.scores(y)[torch.arange(2), rows[:2] % LONG], 2),
+    "flattened": ("dense", lambda m, y, o, rows: m.scores(y).flatten(0, 1)[rows], 4),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("gated", [False, True])
+def test_blocks_that_nobody_reads(name: str, gated: bool) -> None:
+    """live: how many blocks are computed of eight or six."""
+    layout, read, live = UNREAD[name]
+    torch.manual_seed(0)
+    model, offsets = LongStack(read), torch.tensor([0, 300, 300, 420, 500])
+    x = torch.randn(500, WIDTH) if layout == "jagged" else torch.randn(2, LONG, WIDTH)
+    args = [x, offsets, torch.tensor([499, 2, 310, 140, 2])]
+    gm, report = rewritten(model, args, (*NAMES, "candidates") if gated else ("candidates",))
+    assert any("blocks of 128" in region.what for region in report.fused("candidates"))
+    assert_as_good_as_eager(gm, model, args)
+    states = [n for n in gm.graph.nodes if n.target is torch.ops.hstu_compile.mask_tile_states.default]
+    seen: list[Tensor] = []
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            seen.extend([result] * (n in states))
+            return result
+
+    Watch(gm).run(*model.parameters(), *args)
+    (found,) = seen
+    rows = found[:, 0].amax(-1)  # of tiles of 32
+    assert set(found.unique().tolist()) <= {0, 2} and int(rows[:, ::4].ne(0).sum()) == live
