@@ -246,6 +246,15 @@ def test_mask_tensor(dtype: torch.dtype) -> None:
     check(*tensors, {**arguments, "causal": False, "attn_mask": mask})
 
 
+@pytest.mark.parametrize("layout", ["jagged", "rows first"])
+def test_mask_tensor_of_rows(layout: str) -> None:
+    """All columns are one cell in memory, and tiles are empty or full."""
+    *tensors, arguments = inputs(layout, 16, 16, torch.float32)
+    live = torch.arange(N, device=DEVICE).expand(B, N) // UNIT % 2 == torch.arange(B, device=DEVICE)[:, None] % 2
+    mask = live.contiguous()[:, None, :, None].expand(B, 1, N, N)
+    check(*tensors, {**arguments, **MASKS["everything"], "attn_mask": mask})
+
+
 def test_mask_tensor_of_every_head_with_everything() -> None:
     *tensors, arguments = inputs("rows first", 16, 16, torch.float32)
     mask = torch.randn(1, H, N, N, device=DEVICE) * (torch.rand(1, H, N, N, device=DEVICE) < 0.01)

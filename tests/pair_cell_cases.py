@@ -31,7 +31,7 @@ def read_tile(
 
 @pytest.mark.parametrize("keys_first", [False, True])
 @pytest.mark.parametrize("N", [19, 22, 32])
-@pytest.mark.parametrize("kind", ["plain", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "sliced", "expanded", "rows"])
 def test_tiles(kind: str, N: int, keys_first: bool) -> None:
     B, H, rows, cols = 2, 3, 8, 16
     storage = torch.full((B, H, N + 2, N + 4), NAN)
@@ -40,8 +40,10 @@ def test_tiles(kind: str, N: int, keys_first: bool) -> None:
         "transposed": storage[:, :, :N, :N].mT,
         "sliced": storage[:, :, 1 : N + 1, 1 : N + 1],
         "expanded": storage[:, :1, :N, :N],
+        "rows": torch.full((B, 1, N, 1), NAN),
     }[kind]
     x.copy_(torch.randn(x.shape))
+    x = x.expand(-1, -1, N, N)
     cells = attention_sm90.cells_of(x, B, H)
     matrix = x.expand(B, H, N, N).mT if keys_first else x.expand(B, H, N, N)
     for length in (N, N - 3):
