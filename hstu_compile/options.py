@@ -17,7 +17,7 @@ class Options:
     enable: tuple[str, ...] = NAMES  # passes that run
     disable: tuple[str, ...] = ()  # passes that do not
     debug_checks: bool = False  # check the values of offsets, lengths and counts on the GPU too (waits for the device)
-    last_layer_candidates_only: bool = False  # behind the last attention, compute only rows that are read
+    last_layer_candidates_only: bool = False  # of the last attention and behind it, compute only rows that are read
     recompute_input_layernorm: bool = False  # in the backward, instead of saving its output
     recompute_input_silu: bool = False
     recompute_uvqk: bool = False  # norm, projection and silu: the whole way from x to u, v, q, k

@@ -18,7 +18,7 @@ from hstu_compile.passes import unread_rows
 from hstu_compile.passes.graph import SIZE_OF, is_call, shape, total, value
 from hstu_compile.passes.idle_dropout import remove_idle_dropout
 from hstu_compile.passes.index_space import symbol_hints, symbols_of
-from hstu_compile.passes.moved_reads import MovedReads, move
+from hstu_compile.passes.moved_reads import MovedReads, alive, move
 from hstu_compile.passes.report import Misfit, Region, Report, source_line, spoken
 from hstu_compile.passes.row_reads import RowRead, row_read
 from hstu_compile.passes.uvqk import PRODUCTS, PROJECTIONS
@@ -77,7 +77,8 @@ def _fused(moved: MovedReads, read: RowRead) -> Region:
 
 def _last_attentions(graph: fx.Graph) -> list[fx.Node]:
     """Those behind which there is no other."""
-    found = [node for node in graph.nodes if is_call(node, *ATTENTIONS)]
+    needed = alive(graph)  # what another pass replaced may still be there
+    found = [node for node in graph.nodes if is_call(node, *ATTENTIONS) and node in needed]
     return [node for node in found if not any(is_call(n, *ATTENTIONS) for n in _behind([node]) if n is not node)]
 
 

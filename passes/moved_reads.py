@@ -13,6 +13,7 @@ from hstu_compile.passes.graph import (
     aten,
     erase_dead,
     is_call,
+    is_floating,
     is_pure,
     is_tensor,
     same_shape,
@@ -35,13 +36,18 @@ def move(graph: fx.Graph, reads: Sequence[RowRead]) -> "MovedReads":
 
     What turns out to be needed whole, since rows are picked of it, needs other things whole: then once more.
     """
-    needed, reasons = _needed([n for n in graph.nodes if _is_root(n)], reads), {}  # type: ignore[var-annotated]
+    needed, reasons = alive(graph, reads), {}  # type: ignore[var-annotated]
     while True:
         moved = MovedReads(graph, reads, needed, reasons)
         if not moved.missing:
             return moved
         moved.discard()
         needed |= _needed(moved.missing, reads)
+
+
+def alive(graph: fx.Graph, reads: Sequence[RowRead] = ()) -> set[fx.Node]:
+    """What is needed, but for what only these reads need."""
+    return _needed([node for node in graph.nodes if _is_root(node)], reads)
 
 
 def _is_root(node: fx.Node) -> bool:
@@ -135,7 +141,7 @@ class MovedReads(Selection):
         for node in self._order:
             if first < self._order[node] < last and node.target in MODES:
                 raise Misfit("autocast or grad mode changes before the rows are read", "read them in the same mode")
-            if first < self._order[node] and any(writes_to(node, written) for written in tensors):
+            if first < self._order[node] and any(changes(node, written) for written in tensors):
                 raise Misfit(
                     f"written in place by {spoken(node)} at {source_line(node)}", "write into a copy, or earlier"
                 )
@@ -229,6 +235,11 @@ class MovedReads(Selection):
                     yield node, self._size(node, value(node))
                 except MixesRows:
                     self.missing.add(node.all_input_nodes[0])
+
+
+def changes(node: fx.Node, tensor: fx.Node) -> bool:
+    """Whether the call writes to a tensor. The detach_ that follows a constant of integers changes nothing."""
+    return writes_to(node, tensor) and (is_floating(node) or not is_call(node, aten.detach_.default))
 
 
 def sizes_from_data_ignored(node: fx.Node) -> contextlib.AbstractContextManager:

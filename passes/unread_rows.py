@@ -27,10 +27,9 @@ from hstu_compile.passes.graph import (
     shape,
     total,
     value,
-    writes_to,
 )
 from hstu_compile.passes.index_space import arguments, symbol_hints, symbols_of
-from hstu_compile.passes.moved_reads import sizes_from_data_ignored
+from hstu_compile.passes.moved_reads import MODES, changes, sizes_from_data_ignored
 from hstu_compile.passes.row_reads import RowRead, row_read
 
 BLOCK = 128  # rows
@@ -91,7 +90,8 @@ def _can_stand_before(attention: fx.Node, read: RowRead) -> bool:
                 return False
             todo += node.all_input_nodes
     between = nodes[order[attention] : order[read.call]]
-    return not any(writes_to(node, x) for node in between for x in needed if is_tensor(x))
+    tensors = [node for node in needed if is_tensor(node)]
+    return not any(node.target in MODES or any(changes(node, x) for x in tensors) for node in between)
 
 
 def _mask(attention: fx.Node, a: dict[str, Any], reads: list[RowRead]) -> None:
