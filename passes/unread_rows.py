@@ -121,7 +121,7 @@ def _mask(attention: fx.Node, a: dict[str, Any], reads: list[RowRead]) -> None:
         block_of = call(aten.add.Tensor, call(aten.mul.Tensor, sequence, per_sequence), block)
     else:
         batch = calculate(operator.sub, size(offsets, 0), 1)
-        row = call(aten.arange.default, size(q, 0), **on)
+        row = call(aten.arange.default, size(q, 0), dtype=value(offsets).dtype, **on)
         sequence = call(aten.sub.Tensor, call(aten.bucketize.Tensor, row, offsets, right=True), 1)
         sequence = call(aten.clamp.default, sequence, None, calculate(operator.sub, batch, 1))  # rows of no sequence
         position = call(aten.sub.Tensor, row, call(aten.index.Tensor, offsets, [sequence]))

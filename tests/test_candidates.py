@@ -384,7 +384,8 @@ def test_blocks_that_nobody_reads(name: str, gated: bool) -> None:
     """live: how many blocks are computed of eight or six."""
     layout, read, live = UNREAD[name]
     torch.manual_seed(0)
-    model, offsets = LongStack(read), torch.tensor([0, 300, 300, 420, 500])
+    model, dtype = LongStack(read), torch.int32 if gated else torch.int64
+    offsets = torch.tensor([0, 300, 300, 420, 500], dtype=dtype)
     x = torch.randn(500, WIDTH) if layout == "jagged" else torch.randn(2, LONG, WIDTH)
     args = [x, offsets, torch.tensor([499, 2, 310, 140, 2])]
     gm, report = rewritten(model, args, (*NAMES, "candidates") if gated else ("candidates",))
