@@ -327,17 +327,19 @@ def _index_put(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords)
     shapes = [space.shape(index) for index in indices if index is not None]
     if len(shapes) != count or a["accumulate"] or len(set(shapes)) != 1 or len(shapes[0]) != 1:
         raise ValueError("it writes elsewhere than at places of its first dimensions")
-    (size,) = shapes[0]
-    written = space.new_axis(size, coords)
-    hit = torch.ones((), dtype=torch.bool)
-    for index, length, coord in zip(indices, space.shape(a["self"]), coords, strict=False):
+    written, sizes = space.new_axis(shapes[0][0], (ZERO,)), space.shape(a["self"])[:count]
+    places, wanted, inside = written * 0, ZERO, torch.tensor(True)
+    for index, length, coord in zip(indices, sizes, coords, strict=False):
         at = space.value(index, (written,))
-        hit = hit & (torch.where(at < 0, at + length, at) == coord)
-    if (hit.sum(0) > 1).any():
+        inside = inside & (at >= -length) & (at < length)
+        places, wanted = places * length + at % length, wanted * length + coord
+    places = torch.where(inside, places, math.prod(sizes))
+    table = torch.zeros((math.prod(sizes) + 1, *places.shape[1:]), dtype=torch.int64)
+    if (table.scatter_add(0, places, torch.ones_like(places))[:-1] > 1).any():
         raise ValueError("it writes twice to a place")
-    place = hit.to(torch.uint8).argmax(0) if size else hit.sum(0)
-    moved = broadcast_coords(space.shape(a["values"]), (place, *coords[count:]))
-    return torch.where(hit.any(0), space.value(a["values"], moved), space.value(a["self"], coords))
+    place = _pick((table - 1).scatter(0, places, written.expand(places.shape)), wanted)
+    moved = broadcast_coords(space.shape(a["values"]), (place.clamp(min=0), *coords[count:]))
+    return torch.where(place >= 0, space.value(a["values"], moved), space.value(a["self"], coords))
 
 
 def _searchsorted(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:

@@ -162,7 +162,7 @@ class _Change:
         """Values for the symbols of all sizes."""
         symbols = set[Any]().union(*(symbols_of(n.meta.get("val")) for n in self._nodes), *map(symbols_of, self.sizes))
         hints = symbol_hints(self.node.graph)
-        tried = []
+        tried: list[Symbols] = []
         batch, seq_len, tokens = self.sizes
         given = tokens if isinstance(tokens, int) else 0
         for sequences, longest, full in TRIED:
@@ -172,7 +172,7 @@ class _Change:
             chosen |= solve(seq_len, max(longest, math.ceil(given / full / _number(batch, chosen))), chosen)
             chosen |= solve(batch, max(sequences, math.ceil(given / full / _number(seq_len, chosen))), chosen)
             chosen |= solve(tokens, max(1, int(full * _number(batch, chosen) * _number(seq_len, chosen))), chosen)
-            tried.append(chosen)
+            tried += [chosen] * (chosen not in tried)
         return tried
 
     def _made(self, symbols: Symbols) -> "_Sequences | None":

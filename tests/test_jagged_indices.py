@@ -135,12 +135,16 @@ def assert_same_numbers(run: Callable[..., Tensor], model: nn.Module, x: Tensor,
 
 
 def check(
-    layer: tuple[Move, Move], monkeypatch: pytest.MonkeyPatch, batches: tuple[Batch, ...], made: type = Layer
+    layer: tuple[Move, Move],
+    monkeypatch: pytest.MonkeyPatch,
+    batches: tuple[Batch, ...],
+    made: type = Layer,
+    dynamic: bool = True,
 ) -> list[torch.fx.Node]:
     """Numbers in budget, on one graph for all sizes; returns the calls of the attention in it."""
     graphs, model = watched(monkeypatch), made(*layer)
     options = {"enable": ("attention",)}
-    run = torch.compile(model, backend=hstu_compile.backend, options=options, dynamic=True, fullgraph=True)
+    run = torch.compile(model, backend=hstu_compile.backend, options=options, dynamic=dynamic, fullgraph=True)
     for lengths, n in batches:
         assert_same_numbers(run, model, torch.randn(sum(lengths), 12), offsets_of(lengths), n)
     assert len(graphs) == 1, "another size compiled again"
@@ -154,6 +158,11 @@ def test_the_attention_is_jagged(pad: str, unpad: str, batches, monkeypatch: pyt
     (call,) = check((PADDED[pad], UNPADDED[unpad]), monkeypatch, batches)
     assert call.args[SEQ_OFFSETS] is not None
     assert call.args[0].meta["val"].dim() == 3, "q is padded"
+
+
+def test_many_tokens_in_a_graph_of_fixed_sizes(monkeypatch: pytest.MonkeyPatch, compiles) -> None:
+    (call,) = check((PADDED["index_put"], UNPADDED["folded"]), monkeypatch, (([128] * 96, 128),), dynamic=False)
+    assert call.args[SEQ_OFFSETS] is not None
 
 
 @of_any_batch
