@@ -412,10 +412,11 @@ def _rewrite(graph: fx.Graph, gate: Gate) -> str:
 def _output_shape(gate: Gate, call) -> list[int | fx.Node]:
     """The shape of the region's last value, its symbolic sizes read from operands that stay."""
     sizes: list[int | fx.Node] = []
+    fixed = [size for size in shape(gate.end) if isinstance(size, int)]
     for size in shape(gate.end):
         if isinstance(size, int):
             sizes.append(size)
-        elif sum(not isinstance(n, int) for n in shape(gate.end)) == 1:
+        elif len(fixed) == len(shape(gate.end)) - 1 and 0 not in fixed:
             sizes.append(-1)
         else:
             where = ((t, i) for t in (gate.x, gate.u) for i, n in enumerate(shape(t)) if same(n, size))

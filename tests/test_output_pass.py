@@ -332,6 +332,17 @@ def test_nothing_to_find(function):
     assert output.run(gm, report) == 0 and not report.regions
 
 
+def test_no_sequences_of_any_length():
+    def gated(a, u):  # [N, 0, W], N free
+        return F.layer_norm(a.transpose(0, 1), (W,)) * u.transpose(0, 1)
+
+    args = [torch.randn(5, 0, W), torch.randn(5, 0, W)]
+    gm = traced(gated, args)
+    assert output.run(gm, Report()) == 1
+    gm.recompile()
+    assert gm(*args).shape == (0, 5, W)
+
+
 def test_with_one_token_a_weight_is_no_gate():
     module = Output(lambda m, a, u: F.layer_norm(a, (W,)) * m.weight.view(1, W) + u)
     gm, parameters = traced_module(module, inputs(torch.float32, tokens=1))
