@@ -53,7 +53,6 @@ def compiled(
 # registers without a bias too.
 SPILLS: dict[tuple[Any, ...], int] = {
     (256, "dkdv_split_kernel", None, BOOL): 8,
-    (256, "product_kernel GRAD", BF16, None): 8,
     (256, "product_kernel GRAD", None, BOOL): 24,
 }
 

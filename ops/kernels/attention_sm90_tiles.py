@@ -79,7 +79,7 @@ class Sequence(NamedTuple):
     start: Any  # its first row in the inputs
     head: Any
     length: Any
-    out_row: Any  # its first row in the outputs
+    out_row: Any  # its first row in the outputs, of which there are fewer than MAX_COORDINATE (attention_sm90.py)
     stored: Any  # how many rows are stored: its own, and if dense the unused ones, as zeros
 
 
@@ -140,11 +140,11 @@ def sequence_of(index, batch):
         part, head = part_of(index, batch)
         start -= cached
         length += cached
-        return Sequence(z, start, head, length, start + part.to(gl.int64) * batch.batch_rows, length)
+        return Sequence(z, start, head, length, start + part * batch.batch_rows, length)
     elif batch.each.seq_offsets is not None:
-        return Sequence(z, start, index % batch.num_heads, length, start.to(gl.int64), length)
+        return Sequence(z, start, index % batch.num_heads, length, start, length)
     else:
-        return Sequence(z, start, index % batch.num_heads, length, z.to(gl.int64) * batch.N, batch.N)
+        return Sequence(z, start, index % batch.num_heads, length, z * batch.N, batch.N)
 
 
 @gluon.jit
@@ -187,6 +187,15 @@ def pinned(x):
 
 
 @gluon.jit
+def anew(x):
+    """As `pinned`; what x is a multiple of stays known. A constant is left as it is."""
+    if isinstance(x, gl.constexpr):
+        return x
+    else:
+        return x * pinned(1)
+
+
+@gluon.jit
 def live_tile(x, row0, col0, z, batch, FAMILY: gl.constexpr, KEYS_FIRST: gl.constexpr):
     """The live cells of a tile like x, queries x keys (KEYS_FIRST: keys x queries), that starts at (row0, col0)."""
     layout: gl.constexpr = x.type.layout
@@ -214,8 +223,9 @@ def store_rows(out, acc, row0, sequence, DIM: gl.constexpr):
     layout: gl.constexpr = row_layout(acc.shape[0], acc.shape[1], gl.num_warps())
     rows = row0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    first = sequence.out_row * out.row_stride + sequence.head * DIM
-    where = rows[:, None].to(gl.int64) * out.row_stride + cols[None, :]
+    row_stride = anew(out.row_stride).to(gl.int64)
+    first = sequence.out_row * row_stride + sequence.head * DIM
+    where = rows[:, None].to(gl.int64) * row_stride + cols[None, :]
     inside = rows[:, None] < sequence.stored
     if DIM < acc.shape[1]:
         inside = inside & (cols[None, :] < DIM)
