@@ -125,7 +125,7 @@ def cached_at(z, batch):
 @gluon.jit
 def part_of(index, batch):
     """The part, and the head, of number `index` of all sequences."""
-    heads = batch.num_heads // batch.parts
+    heads = batch.num_heads // pinned(batch.parts)  # else it waits in a register from the start
     return index % batch.num_heads // heads, index % heads
 
 
