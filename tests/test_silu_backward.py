@@ -25,10 +25,6 @@ else:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-# Bytes a thread that these may spill; what is not here spills nothing.
-SPILLS = {(64, "dqdkdv_kernel"): 8}
-
-
 @pytest.mark.parametrize("dim, mask", [(64, "causal"), (128, "causal"), (256, "targets")])
 def test_compiles(dim: int, mask: str) -> None:
     H = 2
@@ -47,4 +43,4 @@ def test_compiles(dim: int, mask: str) -> None:
         for launch in launches:
             name = launch.kernel.__name__
             kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
-            assert_fits(kernel, name, SPILLS.get((dim, name), 0))
+            assert_fits(kernel, name, 0)

@@ -100,13 +100,6 @@ def kernels_of(x: Tensor, out: Tensor, call: dict[str, Any]) -> dict[str, Any]:
     return kernels
 
 
-# Bytes a thread that these may spill; what is not here spills nothing. They are addresses, of the partition of queries.
-SPILLS = {
-    (64, "everything", "dqdkdv_kernel"): 8,
-    (64, "targets", "dqdkdv_kernel"): 24,
-}
-
-
 @pytest.mark.parametrize(
     "dim, dtype, mask",
     [
@@ -126,7 +119,7 @@ def test_compiles(dim: int, dtype: torch.dtype, mask: str) -> None:
     assert len(kernels) == (4 if dim <= 64 else 3)
     for name, kernel in kernels.items():
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor.5d" in kernel.asm["ptx"], name
-        assert_fits(kernel, name, SPILLS.get((dim, mask, name), 0))
+        assert_fits(kernel, name, 0)
 
 
 def assert_fits(kernel: Any, name: str, spills: int) -> None:

@@ -212,16 +212,14 @@ def query_partition(
             load_tile(do_desc, sequence, row, bars.full.index(i), buffers.do.index(i), i < tiles)
         rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         cols = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-        within = rows[:, None] * D + cols[None, :]
-        first_sum = (sequence.out_row // COLS).to(gl.int32) + sequence.z
+        first_sum = sequence.out_row // COLS + sequence.z
         mbarrier.wait(bars.resident, 0)
         for t in range(0, tiles):
             query_tile = nth_tile(t, spans)
             before, after = turn_of(query_tile, key_tile, mask, tiles_per_seq, COLS, 2 * ROWS, FAMILY)
             number = (first_sum + query_tile) * batch.num_heads + sequence.head
-            counter = sums.added + number
             if before > 0:
-                wait_until(counter, before)
+                wait_until(sums.added + number, before)
             if t > 0:
                 slot = (t - 1) % STAGES
                 more = t - 1 + STAGES < tiles
@@ -240,7 +238,8 @@ def query_partition(
                 dq = warpgroup_mma_wait(0, deps=(dq,))
                 if part == COLS // 64 - 1:
                     mbarrier.arrive(bars.ds_empty.index(t % 2), count=1)
-                where = sums.tiles + number.to(gl.int64) * (COLS * D) + part * (64 * D) + within
+                where = sums.tiles + number.to(gl.int64) * (COLS * D) + part * (64 * D)
+                where = where + rows[:, None] * D + cols[None, :]  # one sum of indices would take an address more a row
                 if after > 0:
                     if before > 0:
                         gl.atomic_add(where, dq, sem="relaxed")
@@ -252,7 +251,8 @@ def query_partition(
                     store_rows(dq_out, dq * dq_factor, query_tile * COLS + part * 64, sequence, DIM)
             thread_barrier()
             if after > 0:
-                gl.atomic_add(counter, 1, sem="release")
+                gl.atomic_add(sums.added + pinned(number), 1, sem="release")  # else the address waits meanwhile
+    key0 = pinned(key_tile) * 2 * ROWS
     first_unused = gl.cdiv(sequence.length, COLS) * COLS
     for w in gl.static_range(2):  # zeros in the query tiles that nobody visits
         row0 = key0 + w * ROWS
