@@ -49,14 +49,6 @@ def compiled(
     return kernels_of(x, x, call)
 
 
-# Bytes a thread that these may spill; what is not here spills nothing. At head dim 256, sums and scores fill the
-# registers without a bias too.
-SPILLS: dict[tuple[Any, ...], int] = {
-    (256, "dkdv_split_kernel", None, BOOL): 8,
-    (256, "product_kernel GRAD", None, BOOL): 24,
-}
-
-
 @pytest.mark.parametrize(
     "dim, dtype, mask, bias, weight",
     [
@@ -74,7 +66,7 @@ def test_compiles(monkeypatch: Any, dim: int, dtype: torch.dtype, mask: str, bia
     kernels = compiled(monkeypatch, dim, dtype, mask, bias, weight)
     assert len(kernels) == 3
     for name, kernel in kernels.items():
-        assert_fits(kernel, name, SPILLS.get((dim, name, bias, weight), 0))
+        assert_fits(kernel, name, 0)
         if bias in (BF16, FP16) and weight is None and "product" in name:
             assert "ld.global.b16" not in kernel.asm["ptx"], f"{name} loads one cell at a time"
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hstu_compile.ops.kernels.attention_sm90_tiles import NOWHERE, live_tile, pinned
-from hstu_compile.ops.kernels.attention_tiles import occupied
+from hstu_compile.ops.kernels.attention_sm90_tiles import NOWHERE, anew, live_tile, pinned
+from hstu_compile.ops.kernels.attention_tiles import Cells, occupied
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon
 
 
@@ -55,7 +55,7 @@ def lists_of(pairs, tile, tiles_per_seq, batch, COLS: gl.constexpr):
         elif lists.BY_SEQUENCE:
             line += index // batch.num_heads * tiles_per_seq
         line = line.to(gl.int64)
-        tiles = (batch.N + COLS - 1) // COLS
+        tiles = (pinned(batch.N) + COLS - 1) // COLS
         return Line(lists.visits + line * tiles, lists.ranks + line * (tiles + 1))
 
 
@@ -119,9 +119,12 @@ def half_argument(s, half_alpha, bias):
 
 @gluon.jit
 def load_weight(pairs, like, row0, col0, sequence, batch, KEYS_FIRST: gl.constexpr):
-    """The tile's mask tensor, if there is one."""
-    if pairs.mask.ptr is not None:
-        return load_cells(pairs.mask, like, pinned(row0), col0, pinned(sequence.z), sequence, batch.N, KEYS_FIRST)
+    """The tile's mask tensor, if there is one. Few tiles need it: nothing that only it needs waits in registers."""
+    m = pairs.mask
+    if m.ptr is not None:
+        cells = Cells(m.ptr, anew(m.batch_stride), m.head_stride, anew(m.row_stride), m.col_stride, m.GRAIN)
+        N = pinned(batch.N)
+        return load_cells(cells, like, pinned(row0), col0, pinned(sequence.z), sequence, N, KEYS_FIRST)
 
 
 @gluon.jit

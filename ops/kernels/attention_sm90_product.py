@@ -34,7 +34,15 @@ from hstu_compile.ops.kernels.attention_sm90_pipeline import (
     whole_tiles,
 )
 from hstu_compile.ops.kernels.attention_sm90_schedule import Tickets, scheduler, take_over, tile_queue
-from hstu_compile.ops.kernels.attention_sm90_tiles import RUNTIME, Batch, cached_at, live_tile, store_rows
+from hstu_compile.ops.kernels.attention_sm90_tiles import (
+    RUNTIME,
+    Batch,
+    cached_at,
+    live_tile,
+    pinned,
+    sequence_of,
+    store_rows,
+)
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu, silu_and_grad
@@ -192,6 +200,8 @@ def consumer(
                 )  # fmt: skip
         else:
             mbarrier.arrive(a.empty.index(W), count=1)
+        if lists is not None:  # read again: nothing of it waits in registers
+            sequence = sequence_of(pinned(sequence.z * batch.num_heads + sequence.head), batch)
         if row0 < sequence.stored:
             store_rows(out, acc * factor, row0, sequence, DIM)
         number += 1
