@@ -130,7 +130,7 @@ def key_partition(
     dk = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
     dv = gl.zeros((ROWS, D), dtype=gl.float32, layout=kv_layout)
     if key_tile * 2 * ROWS < sequence.length:
-        mask = mask_of(sequence.z, batch)
+        mask = mask_of(sequence.z, batch, FAMILY)
         spans = query_spans(key_tile * 2 * ROWS, COLS, 2 * ROWS, mask, FAMILY)
         whole = whole_columns(key0, ROWS, mask, FAMILY, True)
         tiles = num_tiles(spans)
@@ -200,7 +200,7 @@ def query_partition(
     key0 = key_tile * 2 * ROWS
     zero = gl.zeros((64, D), dtype=gl.float32, layout=layout)
     if key0 < sequence.length:
-        mask = mask_of(sequence.z, batch)
+        mask = mask_of(sequence.z, batch, FAMILY)
         spans = query_spans(key0, COLS, 2 * ROWS, mask, FAMILY)
         tiles = num_tiles(spans)
         for w in gl.static_range(2):

@@ -175,7 +175,7 @@ def consumer(
         for i in range(0, count):
             s = start(operands, done, zero, K_CHUNKS, STAGES, W)
             sequence = sequence_of(entry // 2, batch)
-            m = mask_of(sequence.z, batch)
+            m = mask_of(sequence.z, batch, FAMILY)
             whole = (entry % 2 == 1) & all_cells_live(row0, col0, ROWS, COLS, m, FAMILY)
             whole = whole & (row0 + ROWS <= m.length) & (col0 + COLS <= m.length)  # beyond, the bias may be NaN
             entry = gl.load(line + gl.minimum(i + 1, count - 1))

@@ -151,7 +151,7 @@ def output_tile(
 ):  # fmt: skip
     """Sequence, mask, first row and streamed tiles of an output tile of NUM_ROWS: see `occupied_spans`."""
     sequence = sequence_of(tile // tiles_per_seq, batch)
-    mask = mask_of(sequence.z, batch)
+    mask = mask_of(sequence.z, batch, FAMILY)
     cached = cached_at(sequence.z, batch)
     row0 = tile % tiles_per_seq * NUM_ROWS
     if cached is not None:

@@ -148,8 +148,8 @@ def sequence_of(index, batch):
 
 
 @gluon.jit
-def mask_of(z, batch):
-    """The mask of sequence z."""
+def mask_of(z, batch, FAMILY: gl.constexpr):
+    """The mask of sequence z. What is computed from the sizes that all share would else wait in registers."""
     length = length_at(z, batch)
     cached = cached_at(z, batch)
     if cached is not None:
@@ -158,11 +158,14 @@ def mask_of(z, batch):
     if batch.each.num_targets is not None:
         history_end = length - gl.load(batch.each.num_targets + z).to(gl.int32)
     contextual = batch.contextual_seq_len
+    if FAMILY.CONTEXT:
+        contextual = pinned(contextual)
+    max_attn_len = batch.max_attn_len
+    if FAMILY.WINDOW:
+        max_attn_len = pinned(max_attn_len)
     if batch.each.num_contextuals is not None:
         contextual = gl.load(batch.each.num_contextuals + z).to(gl.int32)
-    return Mask(
-        length, history_end, contextual, batch.target_group_size, batch.max_attn_len, batch.min_full_attn_seq_len
-    )
+    return Mask(length, history_end, contextual, batch.target_group_size, max_attn_len, batch.min_full_attn_seq_len)
 
 
 @gluon.jit
@@ -201,7 +204,7 @@ def live_tile(x, row0, col0, z, batch, FAMILY: gl.constexpr, KEYS_FIRST: gl.cons
     layout: gl.constexpr = x.type.layout
     first = row0 + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
     second = col0 + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    mask = mask_of(pinned(z), batch)
+    mask = mask_of(pinned(z), batch, FAMILY)
     return live_in(pinned(first)[:, None], second[None, :], mask, FAMILY, KEYS_FIRST)
 
 
