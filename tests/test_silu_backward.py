@@ -43,4 +43,4 @@ def test_compiles(dim: int, mask: str) -> None:
         for launch in launches:
             name = launch.kernel.__name__
             kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
-            assert_fits(kernel, name, 0)
+            assert_fits(kernel, name)

@@ -119,10 +119,10 @@ def test_compiles(dim: int, dtype: torch.dtype, mask: str) -> None:
     assert len(kernels) == (4 if dim <= 64 else 3)
     for name, kernel in kernels.items():
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor.5d" in kernel.asm["ptx"], name
-        assert_fits(kernel, name, 0)
+        assert_fits(kernel, name)
 
 
-def assert_fits(kernel: Any, name: str, spills: int) -> None:
+def assert_fits(kernel: Any, name: str, spills: int = 0) -> None:
     """In shared memory, in registers but for so many bytes a thread, and so that no wgmma waits for another."""
     import triton
 

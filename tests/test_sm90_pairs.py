@@ -66,7 +66,7 @@ def test_compiles(monkeypatch: Any, dim: int, dtype: torch.dtype, mask: str, bia
     kernels = compiled(monkeypatch, dim, dtype, mask, bias, weight)
     assert len(kernels) == 3
     for name, kernel in kernels.items():
-        assert_fits(kernel, name, 0)
+        assert_fits(kernel, name)
         if bias in (BF16, FP16) and weight is None and "product" in name:
             assert "ld.global.b16" not in kernel.asm["ptx"], f"{name} loads one cell at a time"
 
