@@ -14,7 +14,7 @@ from torch import fx
 
 from hstu_compile.passes.alike import Alike
 from hstu_compile.passes.contents import assume
-from hstu_compile.passes.index_space_ops import NotUnderstood
+from hstu_compile.passes.index_space_views import NotUnderstood
 from hstu_compile.passes.mask_fit import Parameters, difference, fit
 from hstu_compile.passes.mask_inputs import Expression, Symbols, assignments
 from hstu_compile.passes.mask_meaning import MaskMeaning, MaskTerm, Opaque, Scalar, silu_of_fill_is_zero

@@ -9,7 +9,7 @@ from torch import fx
 
 from hstu_compile.passes.contents import cancel, is_offered, pass_on
 from hstu_compile.passes.index_space import refuse_if_written
-from hstu_compile.passes.index_space_ops import NotUnderstood
+from hstu_compile.passes.index_space_views import NotUnderstood
 
 Call = tuple[fx.Node, fx.GraphModule]  # of a region, and its body
 

@@ -16,16 +16,8 @@ from torch import Tensor, fx
 
 from hstu_compile.passes.contents import content
 from hstu_compile.passes.graph import attribute
-from hstu_compile.passes.index_space_ops import (
-    PARTS,
-    UNTAGGED_POINTWISE,
-    VALUES,
-    VIEWS,
-    Arguments,
-    Coords,
-    NotUnderstood,
-    broadcast_coords,
-)
+from hstu_compile.passes.index_space_ops import PARTS, UNTAGGED_POINTWISE, VALUES
+from hstu_compile.passes.index_space_views import VIEWS, Arguments, Coords, NotUnderstood, broadcast_coords
 from hstu_compile.passes.report import source_line
 
 Leaf = Callable[[Coords], Tensor]  # the sampled values of an input at coordinates

@@ -1,7 +1,7 @@
-"""What each ATen op does to coordinates: the table behind `IndexSpace`, one handler an op (all its overloads).
+"""Ops that compute: each gives the values of its result at coordinates, of those of its operands.
 
-A view handler maps the coordinates of the result to coordinates of its `self`; a value handler computes the result at
-the coordinates. Pointwise ops need no handler: torch's own op runs on the sampled values.
+One handler an op (all its overloads), in the tables `VALUES` and `PARTS` of `IndexSpace`. Pointwise ops need none:
+torch's own op runs on the sampled values.
 """
 
 import math
@@ -12,178 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from hstu_compile.passes.index_space_views import (
+    ZERO,
+    Arguments,
+    Coords,
+    axis_of,
+    beside,
+    broadcast_coords,
+    replaced,
+)
+
 if TYPE_CHECKING:
     from hstu_compile.passes.index_space import IndexSpace
 
-Coords = tuple[Tensor, ...]
-Arguments = dict[str, Any]
-ViewHandler = Callable[["IndexSpace", fx.Node, Arguments, Coords], Coords]
 ValueHandler = Callable[["IndexSpace", fx.Node, Arguments, Coords], Tensor]
-
-ZERO = torch.zeros((), dtype=torch.int64, device="cpu")
-
-
-class NotUnderstood(Exception):
-    """A node whose value can't be computed from its coordinates; the message names the op and the user's line."""
-
-
-def _axis(dim: int, ndim: int) -> int:
-    return dim % ndim if ndim else 0
-
-
-def _replace(coords: Coords, axis: int, value: Tensor) -> Coords:
-    return (*coords[:axis], value, *coords[axis + 1 :])
-
-
-# Views
-
-
-def reshape_coords(old: Sequence[int], new: Sequence[int], coords: Coords) -> Coords:
-    """Coordinates in a tensor of shape `old` of the element at `coords` of its reshape to `new`.
-
-    Dimensions are matched in the smallest groups of equal size, so that what is only moved keeps its own tensor.
-    """
-    result: list[Tensor] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        if i < len(old) and old[i] == 1:
-            result.append(ZERO)
-            i += 1
-            continue
-        if j < len(new) and new[j] == 1:
-            j += 1
-            continue
-        if i == len(old) or j == len(new):
-            raise ValueError(f"cannot view {list(old)} as {list(new)}")
-        i_end, j_end, inner, outer = i + 1, j + 1, old[i], new[j]
-        while inner != outer:
-            if inner < outer:
-                inner, i_end = inner * old[i_end], i_end + 1
-            else:
-                outer, j_end = outer * new[j_end], j_end + 1
-        if (i_end, j_end) == (i + 1, j + 1):
-            result.append(coords[j])
-        else:
-            flat = coords[j]
-            for k in range(j + 1, j_end):
-                flat = flat * new[k] + coords[k]
-            for k in range(i, i_end):
-                stride = math.prod(old[k + 1 : i_end])
-                result.append(flat // stride % old[k] if k > i else flat // stride)
-        i, j = i_end, j_end
-    return tuple(result)
-
-
-def broadcast_coords(shape: Sequence[int], coords: Coords) -> Coords:
-    """Coordinates in a tensor of `shape` that broadcasts, right-aligned, against the result at `coords`."""
-    aligned = coords[len(coords) - len(shape) :]
-    return tuple(ZERO if size == 1 else c for size, c in zip(shape, aligned, strict=True))
-
-
-def _reshape(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    return reshape_coords(space.shape(a["self"]), space.shape(node), coords)
-
-
-def _expand(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    return broadcast_coords(space.shape(a["self"]), coords)
-
-
-def _same(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    return coords
-
-
-def _permute(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    # The op itself, on a tensor whose sizes are all different, tells the permutation.
-    ndim = len(coords)
-    assert callable(node.target)
-    moved = node.target(torch.empty(tuple(range(ndim)), device="meta"), *node.args[1:], **node.kwargs)
-    result = list(coords)
-    for position, origin in enumerate(moved.shape):
-        result[origin] = coords[position]
-    return tuple(result)
-
-
-def _select(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    shape = space.shape(a["self"])
-    axis, index = _axis(a["dim"], len(shape)), space.scalar(a["index"])
-    picked = torch.tensor(index % shape[axis])
-    return (*coords[:axis], picked, *coords[axis:])
-
-
-def _slice(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    shape = space.shape(a["self"])
-    axis = _axis(a["dim"], len(shape))
-    start = 0 if a["start"] is None else space.scalar(a["start"])
-    start = min(max(start + shape[axis] if start < 0 else start, 0), shape[axis])
-    step = space.scalar(a.get("step", 1))
-    return _replace(coords, axis, coords[axis] * step + start if (start, step) != (0, 1) else coords[axis])
-
-
-def _diagonal(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    ndim = len(coords) + 1
-    first, second = _axis(a["dim1"], ndim), _axis(a["dim2"], ndim)
-    rest = iter(coords[:-1])
-    at = {first: coords[-1] + max(-a["offset"], 0), second: coords[-1] + max(a["offset"], 0)}
-    return tuple(at[axis] if axis in at else next(rest) for axis in range(ndim))
-
-
-def _flip(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    shape = space.shape(node)
-    axes = {_axis(dim, len(shape)) for dim in a["dims"]}
-    return tuple(shape[k] - 1 - c if k in axes else c for k, c in enumerate(coords))
-
-
-def _roll(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    shape = space.shape(node)
-    for dim, shift in zip(a["dims"], a["shifts"], strict=True):
-        axis = _axis(dim, len(shape))
-        coords = _replace(coords, axis, (coords[axis] - space.scalar(shift)) % shape[axis])
-    return coords
-
-
-def _repeat(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    shape = space.shape(a["self"])
-    aligned = coords[len(coords) - len(shape) :]
-    return tuple(ZERO if size == 1 else c % size for size, c in zip(shape, aligned, strict=True))
-
-
-def _repeat_interleave(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Coords:
-    if a["dim"] is None and len(space.shape(a["self"])) != 1:
-        raise ValueError("repeat_interleave of a flattened tensor")
-    axis = _axis(a["dim"] or 0, len(coords))
-    return _replace(coords, axis, _repeated(space, a["repeats"], coords[axis]))
-
-
-def _repeated(space: "IndexSpace", repeats: Any, at: Tensor) -> Tensor:
-    """Which element stands at a place where each is repeated so many times: a number, or one an element."""
-    if not isinstance(repeats, fx.Node) or isinstance(repeats.meta["val"], torch.SymInt):
-        return at // space.scalar(repeats)
-    return (_beside(space.along(repeats, (0,), (ZERO,)).cumsum(0), at) <= at).sum(0)
-
-
-def _beside(values: Tensor, others: Tensor) -> Tensor:
-    """`values`, a list in its first dimension, such that the others broadcast against each in turn."""
-    missing = max(0, others.dim() + 1 - values.dim())
-    return values.reshape(len(values), *[1] * missing, *values.shape[1:])
-
-
-VIEWS: dict[str, ViewHandler] = {
-    **dict.fromkeys(["view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"], _reshape),
-    **dict.fromkeys(["squeeze", "unsqueeze", "ravel"], _reshape),
-    **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expand),
-    **dict.fromkeys(["permute", "transpose", "t", "mT", "numpy_T", "movedim", "moveaxis"], _permute),
-    **dict.fromkeys(["swapaxes", "swapdims", "adjoint", "mH", "matrix_H"], _permute),
-    **dict.fromkeys(["clone", "alias", "detach", "detach_", "contiguous", "lift_fresh", "lift_fresh_copy"], _same),
-    **dict.fromkeys(["to", "_to_copy", "type_as"], _same),
-    "select": _select,
-    **dict.fromkeys(["slice", "narrow"], _slice),
-    "diagonal": _diagonal,
-    "flip": _flip,
-    "roll": _roll,
-    **dict.fromkeys(["repeat", "tile"], _repeat),
-    "repeat_interleave": _repeat_interleave,
-}
-
 
 # Tensors made from nothing
 
@@ -224,17 +66,17 @@ def _joined(space: "IndexSpace", parts: Sequence[fx.Node], axis: int, coords: Co
         size = space.shape(part)[axis]
         if size:
             at = (coords[axis] - begin).clamp(0, size - 1)
-            result = torch.where(coords[axis] >= begin, space.value(part, _replace(coords, axis, at)), result)
+            result = torch.where(coords[axis] >= begin, space.value(part, replaced(coords, axis, at)), result)
         begin += size
     return result
 
 
 def _cat(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    return _joined(space, a["tensors"], _axis(a["dim"], len(coords)), coords)
+    return _joined(space, a["tensors"], axis_of(a["dim"], len(coords)), coords)
 
 
 def _stack(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    axis = _axis(a["dim"], len(coords))
+    axis = axis_of(a["dim"], len(coords))
     rest, result = (*coords[:axis], *coords[axis + 1 :]), torch.zeros(())
     for index, part in enumerate(a["tensors"]):
         result = torch.where(coords[axis] >= index, space.value(part, rest), result)
@@ -259,14 +101,14 @@ def _pad(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Te
 def _diff(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
     if a["n"] != 1:
         raise ValueError("a difference of higher order")
-    axis = _axis(a["dim"], len(coords))
+    axis = axis_of(a["dim"], len(coords))
     parts = [part for part in (a["prepend"], a["self"], a["append"]) if part is not None]
-    after = _joined(space, parts, axis, _replace(coords, axis, coords[axis] + 1))
+    after = _joined(space, parts, axis, replaced(coords, axis, coords[axis] + 1))
     return after - _joined(space, parts, axis, coords)
 
 
 def _cumsum(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    axis = _axis(a["dim"], len(coords))
+    axis = axis_of(a["dim"], len(coords))
     return _pick(space.along(a["self"], (axis,), coords).cumsum(0), coords[axis])
 
 
@@ -281,7 +123,7 @@ def _reduction(reduce: Callable[[Tensor, Any], Tensor]) -> ValueHandler:
     def handler(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
         ndim, dims = len(space.shape(a["self"])), a.get("dim")
         listed = [dims] if isinstance(dims, int) else dims or range(ndim)
-        axes = tuple(sorted(_axis(dim, ndim) for dim in listed))
+        axes = tuple(sorted(axis_of(dim, ndim) for dim in listed))
         kept = iter(coords)
         if a.get("keepdim", False):
             at = coords
@@ -312,14 +154,14 @@ def _index(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> 
 
 
 def _index_select(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    axis = _axis(a["dim"], len(coords))
+    axis = axis_of(a["dim"], len(coords))
     picked = space.value(a["index"], broadcast_coords(space.shape(a["index"]), (coords[axis],))).long()
-    return space.value(a["self"], _replace(coords, axis, picked))
+    return space.value(a["self"], replaced(coords, axis, picked))
 
 
 def _gather(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
-    axis = _axis(a["dim"], len(coords))
-    return space.value(a["self"], _replace(coords, axis, space.value(a["index"], coords)))
+    axis = axis_of(a["dim"], len(coords))
+    return space.value(a["self"], replaced(coords, axis, space.value(a["index"], coords)))
 
 
 def _index_put(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coords) -> Tensor:
@@ -348,7 +190,7 @@ def _searchsorted(space: "IndexSpace", node: fx.Node, a: Arguments, coords: Coor
         raise ValueError("a search in more than one sequence")
     wanted, given = a["self"], a.get("side")
     sought = space.value(wanted, coords) if isinstance(wanted, fx.Node) else torch.tensor(wanted)
-    known = _beside(space.along(ordered, (0,), (ZERO,)), sought)
+    known = beside(space.along(ordered, (0,), (ZERO,)), sought)
     return (known <= sought if a["right"] or given == "right" else known < sought).sum(0)
 
 
@@ -453,13 +295,13 @@ VALUES: dict[str, ValueHandler] = {
 
 
 def _part(space: "IndexSpace", node: fx.Node, a: Arguments, which: int, coords: Coords) -> Tensor:
-    axis = _axis(a["dim"], len(coords))
+    axis = axis_of(a["dim"], len(coords))
     begin = sum(space.sizes(part.shape)[axis] for part in node.meta["val"][:which])
-    return space.value(a["self"], _replace(coords, axis, coords[axis] + begin))
+    return space.value(a["self"], replaced(coords, axis, coords[axis] + begin))
 
 
 def _unbind(space: "IndexSpace", node: fx.Node, a: Arguments, which: int, coords: Coords) -> Tensor:
-    axis = _axis(a["dim"], len(coords) + 1)
+    axis = axis_of(a["dim"], len(coords) + 1)
     return space.value(a["self"], (*coords[:axis], torch.tensor(which), *coords[axis:]))
 
 

@@ -28,7 +28,7 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.index_space import IndexSpace, is_scalar, symbol_hints, symbols_of
-from hstu_compile.passes.index_space_ops import Coords, NotUnderstood
+from hstu_compile.passes.index_space_views import Coords, NotUnderstood
 from hstu_compile.passes.jagged import Padded, Unpadded, padded_by_call, unpadded_by_call
 from hstu_compile.passes.mask_inputs import UNKNOWN_SIZE, Expression, Symbols, solve
 from hstu_compile.passes.mask_samples import leaf_of

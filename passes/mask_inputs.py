@@ -17,7 +17,7 @@ from hstu_compile.passes.index_space import (
     symbol_hints,
     symbols_of,
 )
-from hstu_compile.passes.index_space_ops import VIEWS, NotUnderstood
+from hstu_compile.passes.index_space_views import VIEWS, NotUnderstood
 from hstu_compile.passes.report import source_line, spoken
 
 Symbols = dict[sympy.Symbol, int]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from hstu_compile.ops.attention_mask import attention_mask
 from hstu_compile.passes.index_space import IndexSpace
-from hstu_compile.passes.index_space_ops import ZERO, Coords, NotUnderstood
+from hstu_compile.passes.index_space_views import ZERO, Coords, NotUnderstood
 from hstu_compile.passes.mask_inputs import Expression
 from hstu_compile.passes.mask_meaning import MaskTerm, Padding, silu_of_fill_is_zero
 from hstu_compile.passes.mask_samples import Counts, Samples, leaf_of, sample, sample_counts
