@@ -1,5 +1,6 @@
 """Only the rows that are read behind the last attention: the same numbers and gradients, and what is left alone."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -135,7 +136,7 @@ def outputs_and_gradients(call: Callable, model: nn.Module, args: list[Tensor]) 
     """Of x and every parameter, by a loss in which no two elements have the same weight."""
     leaves = [args[0].detach().requires_grad_(), *model.parameters()]
     results = torch.utils._pytree.tree_leaves(call(leaves[0], *args[1:]))
-    loss = sum((r * torch.linspace(0.5, 2, r.numel(), dtype=r.dtype).view(r.shape)).square().sum() for r in results)
+    loss = sum((r * torch.linspace(0.5, 2, r.numel()).to(r).view(r.shape)).square().sum() for r in results)
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [*results, *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True))]
 
@@ -243,10 +244,11 @@ def test_what_is_left_alone(name: str) -> None:
 class Ranking(nn.Module):
     """Padded sequences, of which the last four tokens are candidates."""
 
-    def __init__(self, dropout: float = 0.0, layers: int = 2) -> None:
+    def __init__(self, dropout: float = 0.0, layers: int = 2, head_dim: int = WIDTH // HEADS) -> None:
         super().__init__()
-        self.stack = HSTUStack(layers, WIDTH, HEADS, WIDTH // HEADS, dropout)
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 1)
+        width = HEADS * head_dim
+        self.stack = HSTUStack(layers, width, HEADS, head_dim, dropout)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         return self.head(self.norm(self.stack(x, lengths)))[:, -4:].squeeze(-1)
@@ -436,3 +438,21 @@ def test_blocks_through_torch_compile(inductor: Compiled) -> None:
             assert len(list(found)) == on
     for a, b in zip(results[0] + results[1], results[2] + results[3], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_blocks_on_the_gpu(head_dim: int) -> None:
+    """Through Inductor and the kernels, which skip tiles by a mask whose columns are one cell in memory."""
+    torch.manual_seed(0)
+    width = HEADS * head_dim
+    eager = Ranking(head_dim=head_dim).to("cuda", torch.bfloat16)
+    exact = copy.deepcopy(eager).double()
+    for batch, longest in ((6, 300), (3, 700)):
+        x, lengths = torch.randn(batch, longest, width), torch.randint(longest // 2, longest + 1, (batch,))
+        args = [x.to("cuda", torch.bfloat16), lengths.cuda()]
+        ours = outputs_and_gradients(compiled(eager), eager, args)
+        theirs = outputs_and_gradients(eager, eager, args)
+        right = outputs_and_gradients(exact, exact, [args[0].double(), args[1]])
+        for i, triple in enumerate(zip(ours, theirs, right, strict=True)):
+            assert_within_budget(*triple, FORWARD if i == 0 else BACKWARD, f"value {i}")
