@@ -85,7 +85,8 @@ def _trace(gm: fx.GraphModule, inputs: list[Any] | tuple[Any, ...]) -> fx.GraphM
             return _Recorder(gm).run(*args)
 
     if isinstance(mode, FakeTensorMode):
-        mode.epoch += 1  # sizes that come from data (of x[mask]) are new ones: not those that Dynamo remembers
+        # Sizes that come from data (of x[mask]) are new ones, not those that Dynamo remembers (torch 2.11, 2.13, 2.15).
+        mode.epoch += 1
     with mode:
         captured = make_fx(run, pre_dispatch=True)(*inputs)
     for node, given in zip(placeholders(captured), inputs, strict=True):
