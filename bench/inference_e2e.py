@@ -4,8 +4,8 @@
 
 Each user has sent a request before; the next one brings some more history and new candidates. It is answered by the
 unmodified model, eager, from every token (`native`); by the same model through hstu_compile.serve, from a cache of keys
-and values: on the GPU, launched and as CUDA graph; in host memory, from where it is loaded first; and without anything
-cached (`miss`). p50 and p99 are from a request to its answer.
+and values: on the GPU, launched and as CUDA graph; in host memory, from where it is loaded layer by layer while the
+layers before compute; and without anything cached (`miss`). p50 and p99 are from a request to its answer.
 """
 
 import argparse
