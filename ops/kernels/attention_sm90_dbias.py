@@ -14,14 +14,16 @@ from hstu_compile.ops.kernels.attention_sm90_schedule import hand_over, take_ove
 from hstu_compile.ops.kernels.attention_sm90_tiles import (
     RUNTIME,
     Batch,
+    anew,
     live_tile,
     load_tile,
     mask_of,
     matrix,
+    pinned,
     row_layout,
     sequence_of,
 )
-from hstu_compile.ops.kernels.attention_tiles import store_cells
+from hstu_compile.ops.kernels.attention_tiles import Cells, store_cells
 from hstu_compile.ops.kernels.attention_triton_dbias import SHARING, bias_tile
 from hstu_compile.ops.kernels.gluon_compat import (
     async_load,
@@ -58,7 +60,7 @@ class Operands(NamedTuple):
 def locate(tile, sharing, batch, COLS: gl.constexpr):
     """First row, first column and matrix of a tile of the bias."""
     row_tile, col_tile, at, _, _ = bias_tile(
-        tile, batch.N, sharing.num_sequences, batch.num_heads, sharing.batches, sharing.heads, 2 * ROWS, COLS
+        tile, pinned(batch.N), sharing.num_sequences, batch.num_heads, sharing.batches, sharing.heads, 2 * ROWS, COLS
     )
     return row_tile * (2 * ROWS), col_tile * COLS, at
 
@@ -66,7 +68,7 @@ def locate(tile, sharing, batch, COLS: gl.constexpr):
 @gluon.jit
 def line_of(tile, sharing):
     """The tile's line of sharers, their number, and the first of them."""
-    line = sharing.sharers + tile.to(gl.int64) * sharing.most
+    line = sharing.sharers + tile.to(gl.int64) * pinned(sharing.most)
     return line, gl.load(sharing.counts + tile), gl.load(line)
 
 
@@ -195,7 +197,7 @@ def consumer(
             else:
                 ds = grad * dp
                 ds = weighted(ds, load_weight(pairs, ds, row0, col0, sequence, batch, False))
-                sums += gl.where(live_tile(ds, row0, col0, sequence.z, batch, FAMILY, False), ds, 0.0)
+                sums += gl.where(live_tile(ds, pinned(row0), pinned(col0), sequence.z, batch, FAMILY, False), ds, 0.0)
         if count > 0:
             biases += 1
         tile = take_over(number, queue)
@@ -203,7 +205,10 @@ def consumer(
         rows = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
         cols = col0 + gl.arange(0, COLS, layout=gl.SliceLayout(0, out_layout))
         sums = gl.convert_layout((sums * scale).to(dbias.ptr.dtype.element_ty), out_layout)
-        store_cells(dbias, at, rows[:, None], cols[None, :], batch.N, sums)
+        # Nothing that is computed from sizes and strides alone waits in registers for the store, once a tile.
+        batch_stride, head_stride = anew(dbias.batch_stride), anew(dbias.head_stride)
+        out = Cells(dbias.ptr, batch_stride, head_stride, anew(dbias.row_stride), dbias.col_stride, dbias.GRAIN)
+        store_cells(out, at, rows[:, None], cols[None, :], pinned(batch.N), sums)
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME, *SHARING, "most", "num_tiles"])
