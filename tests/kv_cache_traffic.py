@@ -106,7 +106,7 @@ class Traffic:
 
     def time_passes(self, rng: Random) -> None:
         """Streams do some of their work, the thread that writes all of its."""
-        for stream in (self.streams.compute, self.streams.onload, self.streams.offload):
+        for stream in (self.streams.compute, self.streams.arrivals, self.streams.onload, self.streams.offload):
             stream.advance(stream.done + rng.choice([0, 0, 1, 5, 1000]))
         if rng.random() < 0.5:
             self.writer.run_all()
@@ -175,7 +175,7 @@ class Traffic:
         self.reader.later.run_all()
         self.gpu.drain()
         self.writer.run_all()
-        for stream in (self.streams.compute, self.streams.onload, self.streams.offload):
+        for stream in (self.streams.compute, self.streams.arrivals, self.streams.onload, self.streams.offload):
             stream.advance(len(stream.work))
         if self.host is not None:
             self.host.drain()

@@ -92,9 +92,12 @@ class HostKVStorageManager:
             self._recency.hold(key)
             self._recency.release(key)
 
-    def load(self, wanted: Iterable[tuple[Key, array]], pools: Sequence[Tensor], stream: Stream) -> LayerwiseLoad:
+    def load(
+        self, wanted: Iterable[tuple[Key, array]], pools: Sequence[Tensor], arrivals: Stream, onload: Stream
+    ) -> LayerwiseLoad:
         """Begin to copy the first pages of histories into these pages of the pools."""
-        load = LayerwiseLoad(self.storage, [Loaded(key, len(pages), pages) for key, pages in wanted], pools, stream)
+        users = [Loaded(key, len(pages), pages) for key, pages in wanted]
+        load = LayerwiseLoad(self.storage, users, pools, arrivals, onload)
         for user in load.users:
             self._recency.hold(user.key)
         reading = Finished(self._reader.submit(load.run))

@@ -16,6 +16,8 @@ from hstu_compile.kv_cache.streams import Event, Stream
 
 log = logging.getLogger("hstu_compile")
 
+ROOMS = 2  # layers on their way at a time
+
 
 @dataclass
 class Loaded:
@@ -32,18 +34,52 @@ class Loaded:
         self.known = self.valid
 
 
-class LayerwiseLoad:
-    """Reads each layer of all users in a thread, and then has it copied on a stream.
+class Room:
+    """Where pages of a layer arrive in one piece, before they are spread to their places in the pool."""
 
-    As an event: no copy is under way, and none will be.
+    def __init__(self) -> None:
+        self._arrived: Tensor | None = None  # of the first layer here, which has no fewer pages than later ones
+        self._places: Tensor
+
+    def arrive(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
+        """parts: of host memory, together as many pages."""
+        if self._arrived is None:
+            self._arrived = pool.new_empty(len(pages), *pool.shape[1:])
+        self._places = indices(pages, pool.device)
+        first = 0
+        for part in parts:
+            self._arrived[first : first + part.shape[0]].copy_(part, non_blocking=True)
+            first += part.shape[0]
+
+    def spread(self, pool: Tensor) -> None:
+        assert self._arrived is not None
+        if pool.is_cuda:  # made on another stream
+            for tensor in (self._arrived, self._places):
+                tensor.record_stream(torch.cuda.current_stream(pool.device))
+        _words(pool).index_copy_(0, self._places, _words(self._arrived[: len(self._places)]))
+
+
+def _words(pages: Tensor) -> Tensor:
+    """Pages as 64-bit words: fewer elements to find a place for."""
+    return pages.flatten(1).view(torch.int64)
+
+
+class LayerwiseLoad:
+    """Reads each layer of all users in a thread, then has it copied on one stream and spread on another.
+
+    So the copies of all layers follow each other without a gap. As an event: none is under way, and none will be.
     """
 
-    def __init__(self, storage: KVStorage, users: list[Loaded], pools: Sequence[Tensor], stream: Stream) -> None:
+    def __init__(
+        self, storage: KVStorage, users: list[Loaded], pools: Sequence[Tensor], copies: Stream, stream: Stream
+    ) -> None:
         self.users = users
         self.bytes = 0
         self._storage = storage
         self._pools = pools
+        self._copies = copies
         self._stream = stream
+        self._rooms = [Room() for _ in range(ROOMS)]
         self._lock = Lock()  # once cancelled, nothing is given to the stream and `users` does not change
         self._cancelled = False
         self._events: list[Event] = []
@@ -116,11 +152,21 @@ class LayerwiseLoad:
             if self._cancelled:
                 return
             try:
-                self._stream.run(lambda: copy_in(pool, pages, parts))
+                if pages:
+                    self._give(layer, pages, parts)
             finally:  # some copies may be under way if others failed
+                self._stream.wait(self._copies.record())
                 self._events.append(self._stream.record())
             self.bytes += sum(part.numel() * part.element_size() for part in parts)
         self._given[layer].set()
+
+    def _give(self, layer: int, pages: array, parts: Sequence[Tensor]) -> None:
+        pool, room = self._pools[layer], self._rooms[layer % ROOMS]
+        if layer >= ROOMS:
+            self._copies.wait(self._events[layer - ROOMS])  # the room is empty
+        self._copies.run(lambda: room.arrive(pool, pages, parts))
+        self._stream.wait(self._copies.record())
+        self._stream.run(lambda: room.spread(pool))
 
     def _read(self, user: Loaded, layer: int) -> Sequence[Tensor]:
         """The valid pages, after finding out which are."""
@@ -138,18 +184,6 @@ class LayerwiseLoad:
                 valid = error.valid_pages if isinstance(error, StorageError) else 0
                 self._fail(user, max(0, min(valid, user.valid - 1)), f"{type(error).__name__}: {error}")
         return ()
-
-
-def copy_in(pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
-    """Pages of host memory to these pages of the pool: one copy a part, and one kernel that spreads them."""
-    if not pages:
-        return
-    staging = pool.new_empty(len(pages), *pool.shape[1:])
-    first = 0
-    for part in parts:
-        staging[first : first + part.shape[0]].copy_(part, non_blocking=True)
-        first += part.shape[0]
-    pool.index_copy_(0, indices(pages, pool.device), staging)
 
 
 def indices(pages: array, device: torch.device) -> Tensor:

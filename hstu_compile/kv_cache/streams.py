@@ -99,18 +99,18 @@ class CudaStream:
 
 @dataclass(frozen=True)
 class Streams:
-    """The stream that computes, that of copies to the GPU, and that of copies from it."""
+    """The stream that computes, and those of what comes from the host and goes there."""
 
     compute: Stream
-    onload: Stream
+    onload: Stream  # pages that have arrived are spread
     offload: Stream
+    arrivals: Stream  # copies from the host
 
     @classmethod
     def on(cls, device: torch.device) -> "Streams":
         if device.type != "cuda":
-            return cls(PlainStream(), PlainStream(), PlainStream())
-        onload, offload = (CudaStream(device, torch.cuda.Stream(device)) for _ in range(2))
-        return cls(CudaStream(device), onload, offload)
+            return cls(*(PlainStream() for _ in range(4)))
+        return cls(CudaStream(device), *(CudaStream(device, torch.cuda.Stream(device)) for _ in range(3)))
 
 
 class InFlight:
