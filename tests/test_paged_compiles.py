@@ -158,7 +158,7 @@ def test_parts_and_programs(rows: int, sequences: int, max_seq_len: int, parts: 
     assert split(extent) == parts
     programs, sizes = paged_attention_sm90.paged_sizes(4, 256, split, 132, extent)
     assert sizes["num_heads"] == 4 * parts and sizes["parts"] == parts and sizes["N"] == max_seq_len
-    assert programs == (min(132, sizes["num_tickets"]) if parts == 1 else sizes["num_tickets"])
+    assert programs == min(132, sizes["num_tickets"])
     assert paged_attention_triton.paged_sizes(4, 128, split, extent)[0] >= -(-rows // 128) * 4 * parts
 
 

@@ -13,7 +13,7 @@ from hstu_compile.ops.kernels.slots import first_slot, owner_of
 
 
 class Tickets(NamedTuple):
-    counter: Any  # of tickets drawn, int32, 0 when the kernel starts; None: there is a program for each ticket
+    counter: Any  # of tickets drawn, int32, 0 when the kernel starts; None: tiles are dealt by rank, not by ticket
     num_sequences: Any
     group: Any  # sequences whose tiles are ordered together, at most 32: one a lane
     tiles_per_seq: Any  # of the longest
@@ -83,19 +83,54 @@ def draw(tickets, batch, ROWS: gl.constexpr, KEYS: gl.constexpr):
 def scheduler(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
     """Draws output tiles ahead of those who work on them; a warp of its own, since a draw takes some 2 us."""
     if tickets.counter is None:
-        own_ticket(batch, queue, tickets, ROWS, KEYS)
+        deal_ranks(batch, queue, tickets, ROWS)
     else:
         draw_tickets(batch, queue, tickets, ROWS, KEYS)
 
 
 @gluon.jit
-def own_ticket(batch, queue, tickets, ROWS: gl.constexpr, KEYS: gl.constexpr):
-    tile = tile_of_ticket(gl.program_id(0), tickets, batch, ROWS, KEYS)
-    wait_for_room(0, queue)
-    hand_over(tile, 0, queue)
-    if tile != -1:
-        wait_for_room(1, queue)
-        hand_over(-1, 1, queue)
+def plus(x, y):
+    return x + y
+
+
+@gluon.jit
+def tile_of_rank(rank, tickets, batch, ROWS: gl.constexpr):
+    """Number (sequence * heads + head) * tiles_per_seq + tile of the rank-th output tile there is; -1 behind the last.
+
+    A tile's heads come one after the other; no rank before the last tile's is empty.
+    """
+    lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    head = rank % batch.num_heads
+    rank = rank // batch.num_heads
+    first = 0
+    tile = -1
+    while (tile < 0) & (first < tickets.num_sequences):
+        z = first + lanes
+        here = z < tickets.num_sequences
+        tiles = gl.where(here, (length_at(gl.where(here, z, first), batch) + ROWS - 1) // ROWS, 0)
+        ends = gl.associative_scan(tiles, 0, plus)
+        before = ends <= rank
+        owner = first + gl.sum(before.to(gl.int32), axis=0)
+        within = rank - gl.max(gl.where(before, ends, 0), axis=0)
+        count = gl.max(ends, axis=0)
+        tile = gl.where(rank < count, (owner * batch.num_heads + head) * tickets.tiles_per_seq + within, -1)
+        rank -= count
+        first += 32
+    return tile
+
+
+@gluon.jit
+def deal_ranks(batch, queue, tickets, ROWS: gl.constexpr):
+    """To each program one tile, and what is left over in the same order."""
+    number = 0  # of tiles handed over
+    rank = gl.program_id(0)
+    tile = 0
+    while tile != -1:
+        tile = tile_of_rank(rank, tickets, batch, ROWS)
+        wait_for_room(number, queue)
+        hand_over(tile, number, queue)
+        number += 1
+        rank += gl.num_programs(0)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """Paged HSTU attention on Hopper (sm_90): the forward of attention_sm90, whose streamed tiles of history lie in pages.
 
 One product, persistent, with its output tiles drawn by ticket; where a small batch would leave multiprocessors idle,
-a program for every part of the keys of every output tile. Deterministic.
+its keys are split, and the parts of output tiles dealt out by rank. Deterministic.
 """
 
 import functools
@@ -122,4 +122,4 @@ def paged_sizes(heads: int, width: int, parts: Parts, sms: int, extent: Extent) 
     programs, tickets = ticket_sizes(True, heads * number, 2 * ROWS, width, sms, new)
     tickets |= {"N": extent.max_seq_len, "group": group_of(heads, width, extent.max_seq_len), "parts": number}
     first = {"N": tickets.pop("N"), "batch_rows": extent.rows, "num_heads": heads * number}
-    return tickets["num_tickets"] if number > 1 else programs, first | tickets
+    return programs, first | tickets
