@@ -10,7 +10,7 @@ import torch
 import triton_interpreter  # noqa: F401
 from paged_cases import MASKS, NEW, append_case, assert_attention, cached_around, make_case
 
-from hstu_compile.ops.kernels import append_kv, paged_attention_triton
+from hstu_compile.ops.kernels import append_kv, paged_attention_triton, paged_parts
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
 
 NOTHING = {
@@ -34,6 +34,7 @@ def attention(case, processors=1, tile=SMALL):
     with (
         mock.patch.object(paged_attention_triton, "tile_for", lambda q: tile),
         mock.patch.object(paged_attention_triton, "processors", lambda device: processors),
+        mock.patch.object(paged_parts, "LEAST", 1),
     ):
         return paged_attention_triton.forward(*case.operands, **call)
 

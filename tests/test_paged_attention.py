@@ -279,10 +279,14 @@ def test_every_kernel_whole_and_in_parts(page_size, dim, mask, processors, kerne
 
 @contextlib.contextmanager
 def of_processors(kernel, number):
-    """Within it a call is split as on a GPU with so many multiprocessors, and nothing is known of calls elsewhere."""
+    """Within it a call is split as on a GPU with so many multiprocessors, however short the keys.
+
+    And nothing is known of calls elsewhere.
+    """
     kinds = sys.modules["hstu_compile.ops.paged_hstu_attention"]._kinds  # the package has a function of that name
     processors = mock.patch(f"hstu_compile.ops.kernels.{kernel}.processors", lambda device: number)
-    with processors, mock.patch.dict(kinds.known, clear=True):
+    least = mock.patch("hstu_compile.ops.kernels.paged_parts.LEAST", 1)
+    with processors, least, mock.patch.dict(kinds.known, clear=True):
         yield
 
 

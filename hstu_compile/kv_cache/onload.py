@@ -97,6 +97,7 @@ class LayerwiseLoad:
             log.warning("hstu_compile: a load into the KV cache failed", exc_info=True)
             self._fail_all(f"{type(error).__name__}: {error}")
         finally:
+            self._rooms.clear()
             for flag in self._given:
                 flag.set()
             self._ended.set()

@@ -17,6 +17,7 @@ from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 BLOCK = 1024
 TOGETHER = 8  # loads in flight
+LEAST = 4  # tiles of keys of the longest sequence in a part: one more part costs as much time as a seventh of a tile
 
 Parts = Callable[[Extent], int]
 
@@ -24,7 +25,7 @@ Parts = Callable[[Extent], int]
 def parts_of(heads: int, rows: int, cols: int, processors: int, extent: Extent) -> int:
     """Of the keys of each tile of `rows` queries of a head, in tiles of `cols`."""
     tiles = max(-(-extent.rows // rows), min(extent.sequences, extent.rows))
-    return max(1, min(processors // max(1, tiles * heads), extent.max_seq_len // cols))
+    return max(1, min(processors // max(1, tiles * heads), extent.max_seq_len // (LEAST * cols)))
 
 
 def run_in_parts(
