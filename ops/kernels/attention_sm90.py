@@ -27,7 +27,7 @@ ROWS = 64  # of a consumer
 L2_BYTES = 32 << 20  # of keys and values that are read together
 TICKETS = 128  # that a multiprocessor draws: enough to even out, and no more where sequences are tiny
 # By head dim, filled up to one of these: COLS, B_STAGES, C_STAGES of f and f' products.
-SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 3, 2)}
+SILU_TILES = {32: (128, 4, 4), 64: (128, 4, 4), 128: (64, 4, 4), 256: (64, 2, 2)}
 GRAD_TILES = {32: (64, 4, 4), 64: (64, 4, 4), 128: (64, 4, 4), 256: (64, 2, 1)}
 DKDV_TILES = {32: (64, 4), 64: (64, 4), 128: (64, 4), 256: (64, 2)}  # COLS, STAGES
 DQDKDV_TILES = {32: (128, 3), 64: (128, 3)}  # COLS, STAGES
