@@ -22,6 +22,7 @@ def append_kv_reference(
     page_table: Tensor,
     cached_lengths: Tensor,
     num_targets: Tensor | None,
+    valid_lengths: Tensor | None,
 ) -> None:
     """Arguments as in `hstu_compile.ops.append_kv`."""
     num_pages, _, page_size = pool.shape[:3]
@@ -29,6 +30,8 @@ def append_kv_reference(
     stored = position < page_table.shape[1] * page_size
     if num_targets is not None:
         stored &= row < seq_offsets[1:][sequence] - num_targets[sequence]
+    if valid_lengths is not None:
+        stored &= position // page_size >= valid_lengths[sequence] // page_size
     row, sequence, position = row[stored], sequence[stored], position[stored]
     page = page_table[sequence, position // page_size].long()
     known = (page >= 0) & (page < num_pages)

@@ -42,16 +42,14 @@ def check_pages(
             )
 
 
-def check_num_targets(num_targets: Tensor | None, seq_offsets: Tensor) -> None:
-    if num_targets is not None:
+def check_per_sequence(name: str, counts: Tensor | None, seq_offsets: Tensor) -> None:
+    if counts is not None:
         batch = seq_offsets.shape[0] - 1
-        expect(num_targets.dim() == 1, "the shape of num_targets", tuple(num_targets.shape), "one dimension")
-        integers = (torch.int32, torch.int64)
-        expect(num_targets.dtype in integers, "the dtype of num_targets", num_targets.dtype, "int32 or int64")
+        expect(counts.dim() == 1, f"the shape of {name}", tuple(counts.shape), "one dimension")
+        expect(counts.dtype in (torch.int32, torch.int64), f"the dtype of {name}", counts.dtype, "int32 or int64")
         device = seq_offsets.device
-        expect(num_targets.device == device, "the device of num_targets", num_targets.device, f"that of all, {device}")
-        shape = tuple(num_targets.shape)
-        expect_same(num_targets.shape[0], batch, "the shape of num_targets", shape, lambda: f"B = {batch}")
+        expect(counts.device == device, f"the device of {name}", counts.device, f"that of all, {device}")
+        expect_same(counts.shape[0], batch, f"the shape of {name}", tuple(counts.shape), lambda: f"B = {batch}")
 
 
 def check_paged_arguments(

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from hstu_compile.passes.graph import argument, aten, shape, value
+from hstu_compile.passes.graph import argument, shape, value
 from hstu_compile.passes.idle_dropout import remove_idle_dropout
 from hstu_compile.passes.index_space import arguments
 from hstu_compile.passes.selected_rows import SelectedRows
@@ -69,12 +69,11 @@ def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
             with gm.graph.inserting_before(node):
                 pool = gm.graph.get_attr(f"hstu_compile_pool_{layer}")
             pool.meta["val"] = mode.from_tensor(pools[layer])
-            lengths = inputs["cached_lengths"]
-            if not layer:
-                inputs["written"] = _written(selection, node, inputs, pools[0].shape[2])
+            where = (inputs["page_table"], inputs["cached_lengths"])
             selection.call(node, WAIT, (pool, layer))
-            selection.call(node, APPEND, (pool, k, v, inputs["row_offsets"], inputs["written"], lengths, targets))
-            where = (inputs["page_table"], lengths)
+            # What is full never changes, for it may be being copied.
+            sequences = (targets, inputs["valid_lengths"])
+            selection.call(node, APPEND, (pool, k, v, inputs["row_offsets"], *where, *sequences))
             # What the caller gives as the longest length may be another at every call: here it is what pages can hold.
             longest = max_pages * pools[0].shape[2]
             mask = [selection.whole(x) if isinstance(x, fx.Node) else x for x in list(a.values())[11:]]
@@ -90,16 +89,6 @@ def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
     gm.graph.lint()
     gm.recompile()
     return Paged(chosen, selection.reads, selection.computed_whole)
-
-
-def _written(selection: SelectedRows, like: fx.Node, inputs: dict[str, fx.Node], page_size: int) -> fx.Node:
-    """The page table without pages that are full: what is full never changes, for it may be being copied."""
-    table, device = inputs["page_table"], value(inputs["page_table"]).device
-    ends = (page_size, page_size * (shape(table)[1] + 1), page_size)
-    end = selection.call(like, aten.arange.start_step, ends, {"device": device})
-    valid = selection.call(like, aten.unsqueeze.default, (inputs["valid_lengths"], 1))
-    is_full = selection.call(like, aten.ge.Tensor, (valid, end))
-    return selection.call(like, aten.masked_fill.Scalar, (table, is_full, -1))
 
 
 def _inputs(graph: fx.Graph, values: Sequence[Tensor]) -> list[fx.Node]:

@@ -137,8 +137,11 @@ def assert_attention(out: Tensor, case: Case) -> None:
     assert (out[used:] == 0).all()
 
 
-def append_case(case: Case) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments of append_kv for a table with pages for all new history, and the pool as it has to be after it."""
+def append_case(case: Case, valid: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments of append_kv for a table with pages for all new history, and the pool as it has to be after it.
+
+    valid: so many of the new tokens are there already.
+    """
     page_size = case.pool.shape[2]
     targets = case.arguments.get("num_targets", torch.zeros_like(case.cached_lengths))
     lengths = (case.cached_lengths + case.seq_offsets.diff() - targets).tolist()
@@ -151,4 +154,10 @@ def append_case(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     arguments = {"seq_offsets": case.seq_offsets, "page_table": table, "cached_lengths": case.cached_lengths}
     if "num_targets" in case.arguments:
         arguments["num_targets"] = case.arguments["num_targets"]
+    if valid is not None:
+        arguments["valid_lengths"] = case.cached_lengths + valid
+        for z, length in enumerate(lengths):
+            full = min(int(arguments["valid_lengths"][z]) // page_size, -(-length // page_size))
+            pages = table[z, int(case.cached_lengths[z]) // page_size : full].long()
+            after[pages] = before[pages]
     return {"pool": before, "k": case.new[1], "v": case.new[2], **arguments}, after

@@ -63,12 +63,12 @@ def test_parts_are_added_in_a_fixed_order():
 
 
 @pytest.mark.parametrize("mask", ["causal", "targets"])
-@pytest.mark.parametrize("page_size", [16, 64])
-def test_append(page_size, mask):
+@pytest.mark.parametrize("page_size, valid", [(16, None), (64, None), (16, 17)])
+def test_append(page_size, mask, valid):
     own = {"new": NEW[:5], "cached": cached_around(page_size)[:5]} if mask == "causal" else {}
     case = make_case(page_size, torch.float16, mask, dim=24, **own)
-    arguments, after = append_case(case)
-    append_kv.append(**{"num_targets": None, **arguments})
+    arguments, after = append_case(case, valid)
+    append_kv.append(**{"num_targets": None, "valid_lengths": None, **arguments})
     assert torch.equal(arguments["pool"].view(torch.int16), after.view(torch.int16))
 
 
@@ -78,5 +78,5 @@ def test_append_of_what_has_no_page():
     _, k, v = case.new
     for table in (case.page_table[:, :0], torch.full_like(case.page_table, before.shape[0])):
         pool = before.clone()
-        append_kv.append(pool, k, v, case.seq_offsets, table, case.cached_lengths, None)
+        append_kv.append(pool, k, v, case.seq_offsets, table, case.cached_lengths, None, None)
         assert torch.equal(pool, before)

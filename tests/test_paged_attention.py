@@ -43,10 +43,11 @@ def test_head_dims(mask, dim):
 
 @pytest.mark.parametrize("mask", ["causal", "targets"])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_append_stores_history_and_nothing_else(page_size, mask):
-    """Candidates, unused rows and every other element of the pool stay as they are, NaN included."""
+@pytest.mark.parametrize("valid", [None, 0, 17, 1000])
+def test_append_stores_history_and_nothing_else(page_size, mask, valid):
+    """Candidates, unused rows, full pages and every other element of the pool stay as they are, NaN included."""
     case = make_case(page_size, torch.bfloat16, mask, device=DEVICE)
-    arguments, after = append_case(case)
+    arguments, after = append_case(case, valid)
     append_kv(**arguments)
     assert torch.equal(arguments["pool"].view(torch.int16), after.view(torch.int16))
 
