@@ -150,14 +150,14 @@ _kinds = Kinds(checked_attention_kernel)
 
 def attention_features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable:
     """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
-    jagged without mask tensor, but for T, and without bias B and N (of which it matters that all arguments agree)."""
+    jagged, but for T, and without bias or mask tensor B and N (of which it matters that all arguments agree)."""
     seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[7]
     shape = q.shape
     tokens, batch = shape[:1], 0
     sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
-    if seq_offsets is not None and attn_mask is None:
+    if seq_offsets is not None:
         sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), max_seq_len)
-        if attn_bias is None:
+        if attn_bias is None and attn_mask is None:
             batch = seq_offsets.numel()
             sizes = (*sizes[:2], batch > 0, max_seq_len >= 0)
     per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]

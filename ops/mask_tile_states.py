@@ -4,11 +4,15 @@ The attention kernels skip tiles by it. An op of its own, so that the layers of 
 the mask is read once, not by every kernel of every layer.
 """
 
+import importlib
 import importlib.util
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hstu_compile.ops.call_kinds import Kinds
 
 GRAIN = 32  # rows and columns of a tile: the smallest that a 16-bit kernel has; coarser ones are unions of these
 
@@ -66,11 +70,19 @@ def _fake(attn_mask):
     return attn_mask.new_empty(tile_states_shape(attn_mask), dtype=torch.uint8)
 
 
+def _checked_kernel(attn_mask: Tensor) -> ModuleType | None:
+    _check(attn_mask)
+    has_kernel = attn_mask.is_cuda and importlib.util.find_spec("triton") is not None
+    return importlib.import_module("hstu_compile.ops.kernels.mask_occupancy") if has_kernel else None
+
+
+_kinds = Kinds(_checked_kernel)
+
+
 @torch.library.impl("hstu_compile::mask_tile_states", ("CPU", "CUDA"))
 def _mask_tile_states(attn_mask):
-    _check(attn_mask)
-    if attn_mask.is_cuda and importlib.util.find_spec("triton") is not None:
-        from hstu_compile.ops.kernels.mask_occupancy import tile_states
-
-        return tile_states(attn_mask, GRAIN)
-    return mask_tile_states_reference(attn_mask)
+    features = (attn_mask.dtype, attn_mask.get_device(), attn_mask.shape, attn_mask.stride())
+    kind = _kinds.kind(features, attn_mask)
+    if kind.kernel is None:
+        return mask_tile_states_reference(attn_mask)
+    return kind.kernel.tile_states(attn_mask, GRAIN, kind.memory)

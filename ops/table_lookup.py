@@ -5,11 +5,14 @@ Only the backward is an op of ours, `hstu_compile::table_grad`: millions of grad
 which as a scatter with atomics costs a hundred times the reading of the bytes.
 """
 
+import importlib
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.call_kinds import Kinds
 from hstu_compile.ops.composite import register_composite
 
 torch.library.define("hstu_compile::table_lookup", "(Tensor table, Tensor index) -> Tensor")
@@ -105,11 +108,25 @@ def _table_grad_fake(grad, index, table_size):
     return grad.new_empty(table_size, *grad.shape[index.dim() :])
 
 
+def _checked_kernel(grad: Tensor, index: Tensor) -> ModuleType | None:
+    _check_grad(grad, index)
+    has_kernel = grad.is_cuda and importlib.util.find_spec("triton") is not None
+    return importlib.import_module("hstu_compile.ops.kernels.table_grad") if has_kernel else None
+
+
+_kinds = Kinds(_checked_kernel)
+
+
+def _features(grad: Tensor, index: Tensor, table_size: int) -> tuple:
+    """All that checks ask for and launches differ in, but for how many lookups there are."""
+    shape, dims = grad.shape, index.dim()
+    tensors = (grad.dtype, grad.get_device(), index.dtype, index.get_device())
+    return *tensors, shape[:dims] == index.shape, shape[dims:], dims, table_size
+
+
 @torch.library.impl("hstu_compile::table_grad", ("CPU", "CUDA"))
 def _table_grad(grad, index, table_size):
-    _check_grad(grad, index)
-    if grad.is_cuda and importlib.util.find_spec("triton") is not None:
-        from hstu_compile.ops.kernels.table_grad import table_grad as kernel
-
-        return kernel(grad, index, table_size)
-    return table_grad_reference(grad, index, table_size)
+    kind = _kinds.kind(_features(grad, index, table_size), grad, index)
+    if kind.kernel is None:
+        return table_grad_reference(grad, index, table_size)
+    return kind.kernel.table_grad(grad, index, table_size, kind.memory)

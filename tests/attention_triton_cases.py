@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter  # noqa: F401
 import triton
 import triton.language as tl
-from tiled_masks import tiled
+from tiled_masks import occupied_tiles, tiled
 
 from hstu_compile.ops.attention_mask import attention_mask
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference, hstu_attention_reference
@@ -32,7 +32,7 @@ from hstu_compile.ops.kernels.mask_tiles import (
     live_cells,
     query_spans,
 )
-from hstu_compile.ops.kernels.zero_tail import zero_launch, zero_tail
+from hstu_compile.ops.kernels.zero_tail import zero_launch
 from hstu_compile.ops.mask_tile_states import GRAIN, mask_tile_states_reference
 
 GPU = torch.cuda.is_available()
@@ -295,8 +295,8 @@ def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
         part = mask[:, :, first_row : first_row + max(rows, grain), first_col : first_col + max(cols, grain)]
         held[:, :, row, col], ones[:, :, row, col] = (part != 0).any(3).any(2), (part == 1).all(3).all(2)
     assert {0, 1, 2} == set((held.int() + ones).unique().tolist())
-    for tiled_mask in (tiled(mask, grain), tiled(mask.mT.contiguous(), grain).mT):
-        visits, ranks = mask_occupancy.occupied_tiles(tiled_mask, rows, cols)
+    for cells, by_keys in ((mask, False), (mask.mT.contiguous(), True)):
+        visits, ranks = occupied_tiles(tiled(cells, grain), rows, cols, by_keys)
         assert torch.equal(ranks.long(), F.pad(held.cumsum(-1), (1, 0)))
         listed = torch.arange(col_tiles, device=DEVICE) < ranks[..., -1:]
         assert torch.equal(visits[listed].long(), (2 * torch.arange(col_tiles, device=DEVICE) + ones)[held])
@@ -305,8 +305,13 @@ def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
 def test_a_call_lists_tiles_of_one_shape_once(monkeypatch) -> None:
     """A backward that makes dq and dbias in tiles of one shape makes two lists: theirs and that of dk and dv."""
     made = []
-    occupied_tiles = mask_occupancy.occupied_tiles
-    monkeypatch.setattr(attention_triton, "occupied_tiles", lambda *a: made.append(a[1:]) or occupied_tiles(*a))
+    list_tiles = mask_occupancy.list_tiles
+
+    def recorded(mask, rows, cols, workspace, *, by_keys):
+        made.append((rows, cols, by_keys))
+        return list_tiles(mask, rows, cols, workspace, by_keys=by_keys)
+
+    monkeypatch.setattr(attention_triton, "list_tiles", recorded)
     tile, tall = Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)
     monkeypatch.setattr(attention_triton, "tiles_for", lambda *_, **__: Tiles(tile, tile, tall, tile))
     *tensors, arguments = inputs("jagged", 16, 16, torch.float32)
@@ -314,7 +319,7 @@ def test_a_call_lists_tiles_of_one_shape_once(monkeypatch) -> None:
     cells = {"attn_mask": tiled(ones), "attn_bias": bias}
     call = {**arguments, **cells, "scale": 1.0}
     attention_triton.backward(tensors[3], *tensors[:3], **call, needs_bias_grad=True)
-    assert made == [(16, 32), (16, 32)]  # queries by keys, then keys by queries
+    assert made == [(16, 32, False), (16, 32, True)]
 
 
 def test_nothing_to_do() -> None:
@@ -454,7 +459,7 @@ def test_no_dead_tile_is_visited(mask: dict) -> None:
 
 def test_rows_of_no_sequence_become_zero() -> None:
     results = tuple(torch.full((9, 2, dim), float("nan"), device=DEVICE).to(DTYPES[-1]) for dim in (5, 700))
-    zero_tail((*results, torch.empty(9, 0, 3, device=DEVICE)), tensor([0, 3, 6]))
+    zero_launch((*results, torch.empty(9, 0, 3, device=DEVICE)), tensor([0, 3, 6]), Extent(9, 2))()
     for result in results:
         assert result[:6].isnan().all() and (result[6:] == 0).all()
 
@@ -463,7 +468,7 @@ def test_counters_become_zero() -> None:
     """In the launch that zeros rows, and without rows."""
     result = torch.full((9, 2, 5), float("nan"), device=DEVICE)
     for seq_offsets, sequences, count in ((tensor([0, 3, 6]), 2, None), (None, 9, lambda extent: 3000)):
-        counters = torch.full((3001 if count else 4,), 7, dtype=torch.int32, device=DEVICE)
-        zero_launch((result,), seq_offsets, Extent(9, sequences, 5), counters, count)()
+        counters = torch.full((2, 3001 if count else 4), 7, dtype=torch.int32, device=DEVICE)
+        zero_launch((result,), seq_offsets, Extent(9, sequences, 5), tuple(counters), count)()
         assert result[:6].isnan().all() and (result[6:] == 0).all()
-        assert counters.tolist() == ([0] * 3000 + [7] if count else [0] * 4)
+        assert counters.tolist() == [[0] * 3000 + [7] if count else [0] * 4] * 2

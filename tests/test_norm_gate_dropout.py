@@ -372,7 +372,7 @@ def test_kernel_in_the_interpreter():
 def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width, concat, ratio):
     pytest.importorskip("triton")
     from hstu_compile.ops.kernels import norm_gate_dropout as module
-    from hstu_compile.ops.kernels.launch import Extent
+    from hstu_compile.ops.kernels.launch import Extent, Workspace
     from tests.compile_only import resources, target
 
     options = all_options({"num_groups": groups, "concat_u": concat, "concat_x": concat}, torch.bfloat16, ratio)
@@ -381,10 +381,10 @@ def test_compiled_kernels_stay_in_registers_and_load_16_bytes(groups, width, con
     u = torch.empty(16, 4 * groups * width, dtype=torch.bfloat16)[:, : groups * width]
     weight, seed = torch.empty(width), torch.empty(1, dtype=torch.int64) if ratio else None
     operands = a, u, weight, weight, seed
-    shares = torch.empty(2, 1, groups, width)
+    workspace = Workspace(a.device, Extent(16))
     launches = [
         module.forward_launch(*operands, dy, Extent(16), **options),
-        *module.backward_launches(dy, *operands, a, a, weight, weight, shares, Extent(16), **options),
+        *module.backward_launches(dy, *operands, a, a, weight, weight, workspace, **options),
     ]
     with target(90):
         forward, backward, sums = (x.kernel.warmup(*x.arguments, **x.constants, grid=(1,)) for x in launches)

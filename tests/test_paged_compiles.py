@@ -21,7 +21,7 @@ from hstu_compile.ops.kernels import (
     paged_attention_triton,
     paged_parts,
 )
-from hstu_compile.ops.kernels.launch import Extent, Launch, with_places
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, with_places
 
 PAGE_SIZES = [16, 32, 64, 128, 256]
 NOTHING: dict[str, Any] = {
@@ -48,7 +48,9 @@ def launched(
     found: list[Launch] = []
     with (
         mock.patch.object(kernels, "processors", lambda device: 132 if parts > 1 else 1),
-        mock.patch.object(paged_parts, "run", run or (lambda *call: found.extend(call[-1]()))),
+        mock.patch.object(
+            paged_parts, "run", run or (lambda *call: found.extend(call[-1](Workspace(q.device, call[-2]))))
+        ),
     ):
         kernels.forward(q, k, v, pool, table, cached, **call)
     extent = Extent(16, 1)
@@ -171,8 +173,9 @@ def test_launches_can_be_done_again(kernels: Any, parts: int) -> None:
     seen = []
 
     def instead(memory: Any, key: Any, tensors: list, extent: Extent, launches: Any) -> None:
-        for launch in launches():
-            places = str(with_places(launch, tensors, extent))
+        workspace = Workspace(tensors[0].device, extent)
+        for launch in launches(workspace):
+            places = str(with_places(launch, [*tensors, *workspace.tensors], extent))
             seen.append(
                 (launch.kernel.__name__, set(launch.sizes(extent)[1]) <= set(re.findall(r"key='(\w+)'", places)))
             )

@@ -9,9 +9,10 @@ from unittest import mock
 import compile_only
 import pytest
 import torch
-from test_sm90_compiles import MASKS, NOTHING, assert_fits
+from test_sm90_compiles import MASKS, NOTHING, assert_fits, of_products
 
 from hstu_compile.ops.kernels import attention_sm90
+from hstu_compile.ops.kernels.launch import Workspace
 from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 
 if torch.cuda.is_available():
@@ -37,10 +38,10 @@ def test_compiles(dim: int, mask: str) -> None:
     (q, k, v), grads, silu_of = (slices_of(t, dout, dout, dout, columns) for t in (act, dx, x))
     extent = attention_sm90.extent_of(q, call)
     with compile_only.target(90), mock.patch.object(attention_sm90, "ONE_KERNEL_FROM", 0):
-        scratch, _ = attention_sm90.backward_scratch(q, v, extent, call)
-        launches = attention_sm90.backward_launches(dout, q, k, v, *grads, scratch, 132, silu_of, **call)
+        workspace = Workspace(q.device, extent)
+        launches = attention_sm90.backward_launches(dout, q, k, v, *grads, workspace, 132, silu_of, **call)
         launches.append(silu_backward_launch(*u_slices(du, x, dx, columns["u_at"]), extent))
-        for launch in launches:
+        for launch in of_products(launches):
             name = launch.kernel.__name__
             kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
             assert_fits(kernel, name)

@@ -116,8 +116,8 @@ def test_compiled_kernel_keeps_threads_to_their_columns(capability, channels, th
 
     with target(capability):
         compiled = accumulate.warmup(
-            torch.float32, torch.int16, torch.float32, 1 << 20, channels, 129, 129, 16,
-            CHANNELS=channels, THREADS=threads, UNROLL=UNROLL, num_warps=threads // 32, grid=(1, 1),
+            torch.float32, torch.int16, torch.float32, 1 << 20, channels, 129, 1, 129, 16,
+            CHANNELS=channels, THREADS=threads, UNROLL=UNROLL, num_warps=threads // 32, grid=(1,),
         )  # fmt: skip
     ttgir = compiled.asm["ttgir"]
     layouts = re.findall(r"= #ttg\.(\w+<.*>)", ttgir)

@@ -113,11 +113,8 @@ def append(
     if k.numel() and pool.numel():
         extent = Extent(k.shape[0], seq_offsets.shape[0] - 1)
         tensors = (pool.flatten(0, 2), k, v, seq_offsets, page_table, cached_lengths, num_targets, valid_lengths)
-        sms = processors(pool.device) if pool.is_cuda else 0
-        run(
-            memory, "append", tensors, extent,
-            lambda: [append_launch(*tensors, extent, pool.shape[0], pool.shape[2], sms)],
-        )  # fmt: skip
+        sizes = pool.shape[0], pool.shape[2], processors(pool.device) if pool.is_cuda else 0
+        run(memory, "append", tensors, extent, lambda _: [append_launch(*tensors, extent, *sizes)])
 
 
 def append_launch(

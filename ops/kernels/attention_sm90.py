@@ -6,14 +6,14 @@ a bias, dq as a product, dk and dv together in a kernel of their own (7).
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
 from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 from hstu_compile.ops.kernels.slots import slots_of
 
@@ -59,7 +59,7 @@ class Kernels(NamedTuple):
     pairs: Any
     cells: Any
     lists: Any
-    occupied_tiles: Any
+    list_tiles: Callable[..., tuple[Launch, Tensor, Tensor]]
     family: Any
     result: Any
     product: Any
@@ -80,7 +80,7 @@ def kernels() -> Kernels:
     from hstu_compile.ops.kernels.attention_sm90_product import product_kernel
     from hstu_compile.ops.kernels.attention_sm90_tiles import PerSequence, Result
     from hstu_compile.ops.kernels.attention_tiles import Cells
-    from hstu_compile.ops.kernels.mask_occupancy import occupied_tiles
+    from hstu_compile.ops.kernels.mask_occupancy import list_tiles
     from hstu_compile.ops.kernels.mask_tiles import Family
     from hstu_compile.ops.kernels.zero_tail import zero_launch
 
@@ -91,7 +91,7 @@ def kernels() -> Kernels:
         Pairs,
         Cells,
         Lists,
-        occupied_tiles,
+        list_tiles,
         Family,
         Result,
         product_kernel,
@@ -110,15 +110,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
     """
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     if out.numel():
-        extent = extent_of(q, call)
-        scratch = [counters(q, 1)]
 
-        def launches() -> list[Launch]:
-            zeros = kernels().zero_launch((out,), call["seq_offsets"], extent, scratch[0])
-            return [zeros, *forward_launches(q, k, v, out, scratch, processors(q.device), **call)]
+        def launches(workspace: Workspace) -> list[Launch]:
+            return forward_launches(q, k, v, out, workspace, processors(q.device), **call)
 
-        tensors = [q, k, v, out, *scratch, *per_sequence(call), call["attn_bias"]]
-        run(remembered(memory, call), "forward", tensors, extent, launches)
+        run(memory, "forward", [q, k, v, out, *given(call)], extent_of(q, call), launches)
     return out
 
 
@@ -137,20 +133,17 @@ def backward(
     dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=contiguous) for t in (q, k, v)])
     if dq.numel():
         extent = extent_of(q, call)
-        scratch, num_zeros = backward_scratch(q, v, extent, call)
 
-        def launches() -> list[Launch]:
-            zeros = kernels().zero_launch(grads, call["seq_offsets"], extent, scratch[0], num_zeros)
-            return [zeros, *backward_launches(dout, q, k, v, *grads, scratch, processors(q.device), **call)]
+        def launches(workspace: Workspace) -> list[Launch]:
+            return backward_launches(dout, q, k, v, *grads, workspace, processors(q.device), **call)
 
         key = (dout.dtype, dout.shape[1:], dout.stride(), in_one_kernel(filled_dim(q, v), extent, call))
-        tensors = [dout, q, k, v, *grads, *scratch, *per_sequence(call), call["attn_bias"]]
-        run(remembered(memory, call), key, tensors, extent, launches)
+        run(memory, key, [dout, q, k, v, *grads, *given(call)], extent, launches)
     if not needs_bias_grad or call["attn_bias"] is None:
         return dq, dk, dv, None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
-    return dq, dk, dv, dbias(dout, q, k, v, **call)
+    return dq, dk, dv, dbias(dout, q, k, v, memory=memory, **call)
 
 
 def silu_backward(
@@ -175,30 +168,29 @@ def silu_backward(
     if not dx.numel():
         return
     extent = extent_of(q, call)
-    scratch, num_zeros = backward_scratch(q, v, extent, call)
     grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
     of_u = () if du is None else u_slices(du, x, dx, columns["u_at"])
 
-    def launches() -> list[Launch]:
-        zeros = kernels().zero_launch(grads, call["seq_offsets"], extent, scratch[0], num_zeros)
-        args = dout, q, k, v, *grads, scratch, processors(q.device)
+    def launches(workspace: Workspace) -> list[Launch]:
+        args = dout, q, k, v, *grads, workspace, processors(q.device)
         of_attention = backward_launches(*args, silu_of, **call)
-        return [zeros, *of_attention, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
+        return [*of_attention, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
 
     layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
     layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
     key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
-    tensors = [dout, q, k, v, *grads, *silu_of, *of_u, *scratch, *per_sequence(call)]
-    run(remembered(memory, call), key, tensors, extent, launches)
+    run(memory, key, [dout, q, k, v, *grads, *silu_of, *of_u, *given(call)], extent, launches)
 
 
 def forward_launches(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scratch: list[Tensor], sms: int, **call: Any
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, workspace: Workspace, sms: int, **call: Any
 ) -> list[Launch]:
     """What `forward` runs, on a GPU with that many multiprocessors."""
+    counter = workspace.empty(torch.int32, (COUNTER,))
+    zeros = kernels().zero_launch((out,), call["seq_offsets"], workspace.extent, (counter,))
     (q, k, v), batch_rows = loadable(q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
-    return [product(q, q, k, v, result_of(out), float(call["scale"]), run, grad=False)]
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, workspace)
+    return [zeros, *product(q, q, k, v, result_of(out), float(call["scale"]), run, counter, grad=False)]
 
 
 def backward_launches(
@@ -209,7 +201,7 @@ def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scratch: list[Tensor],
+    workspace: Workspace,
     sms: int,
     silu_of: Sequence[Tensor | None] = (None, None, None),
     **call: Any,
@@ -218,20 +210,26 @@ def backward_launches(
     scale = float(call["scale"])
     factor = call["alpha"] * scale
     (dout, q, k, v), batch_rows = loadable(dout, q, k, v)
-    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, iter(scratch))
+    run = Run(filled_dim(q, v), batch_of(q, batch_rows, call), call, sms, workspace)
     width = run.width
-    one_kernel = in_one_kernel(width, extent_of(q, call), call)
+    one_kernel = in_one_kernel(width, workspace.extent, call)
     cols, stages = (DQDKDV_TILES if one_kernel else DKDV_TILES)[width]
     arguments = (describe(q, cols, width), describe(k, ROWS, width))
     arguments += (describe(v, ROWS, width), describe(dout, cols, width))
     dq_out, dk_out, dv_out = map(result_of, (dq, dk, dv), silu_of)
     outputs = (dk_out, dv_out, 0.5 * call["alpha"], factor, scale, *run.batch)
     constants = {"K_DIM": k.shape[-1], "V_DIM": v.shape[-1], "D": width, "COLS": cols, "STAGES": stages}
+    zeros = functools.partial(kernels().zero_launch, (dq, dk, dv), call["seq_offsets"], workspace.extent)
     if one_kernel:
-        return [dqdkdv(arguments, dq_out, outputs, constants, run)]
+        tiles = functools.partial(dq_tiles, call["seq_offsets"] is not None, q.shape[-2], cols)
+        added = workspace.empty(torch.int32, lambda extent: (tiles(extent),))
+        sums = workspace.empty(torch.float32, lambda extent: (tiles(extent), cols * width))
+        return [zeros((added,), tiles), dqdkdv(arguments, dq_out, sums, added, outputs, constants, run)]
+    counters = [workspace.empty(torch.int32, (COUNTER,)) for _ in range(2)]  # each launch's own
     kernel, rows = (kernels().dkdv, 2 * ROWS) if width <= 128 else (kernels().dkdv_split, ROWS)
-    dq_launch = product(q, dout, k, v, dq_out, factor, run, grad=True)
-    return [persistent(kernel, k, rows, arguments + outputs, constants, run), dq_launch]
+    of_keys = persistent(kernel, k, rows, arguments + outputs, constants, run, counters[0])
+    of_queries = product(q, dout, k, v, dq_out, factor, run, counters[1], grad=True)
+    return [zeros(tuple(counters)), *of_keys, *of_queries]
 
 
 class Run(NamedTuple):
@@ -241,7 +239,7 @@ class Run(NamedTuple):
     batch: tuple
     call: dict[str, Any]
     sms: int
-    scratch: Iterator[Tensor]  # what each launch has to itself
+    workspace: Workspace
 
 
 def has_pairs(call: dict[str, Any]) -> bool:
@@ -257,34 +255,7 @@ def mean_length(jagged: bool, extent: Extent) -> int:
     return extent.rows // max(1, extent.sequences) if jagged else extent.max_seq_len
 
 
-def remembered(memory: dict[Hashable, Any] | None, call: dict[str, Any]) -> dict[Hashable, Any] | None:
-    """Calls with a mask tensor make lists of its tiles, and what is remembered of a call knows no such tensors."""
-    return memory if call["attn_mask"] is None else None
-
-
-COUNTER = 4  # elements: 16 bytes
-
-
-def counters(like: Tensor, count: int) -> Tensor:
-    """To draw tickets from: one a launch, since launches of other streams may run at a time."""
-    return torch.empty(count * COUNTER, dtype=torch.int32, device=like.device)
-
-
-def backward_scratch(
-    q: Tensor, v: Tensor, extent: Extent, call: dict[str, Any]
-) -> tuple[list[Tensor], Callable[[Extent], int] | None]:
-    """What the launches write besides gradients; how many elements from the first one on start as zeros (None: all).
-
-    Counters; with dq, dk and dv in one kernel, how many have added to each tile of dq, and the sums.
-    """
-    width = filled_dim(q, v)
-    if not in_one_kernel(width, extent, call):
-        both = counters(q, 2)
-        return [both, both[COUNTER:]], None
-    rows = DQDKDV_TILES[width][0]
-    tiles = functools.partial(dq_tiles, call["seq_offsets"] is not None, q.shape[-2], rows)
-    added = torch.empty(tiles(extent), dtype=torch.int32, device=q.device)
-    return [added, torch.empty(added.numel(), rows * width, dtype=torch.float32, device=q.device)], tiles
+COUNTER = 4  # elements of what tickets are drawn from: 16 bytes
 
 
 def dq_tiles(jagged: bool, heads: int, rows: int, extent: Extent) -> int:
@@ -301,12 +272,19 @@ def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
     return [call.get(name) for name in kernels().per_sequence._fields]
 
 
-def dqdkdv(inputs: tuple, dq: Any, outputs: tuple, constants: dict[str, Any], run: Run) -> Launch:
+def given(call: dict[str, Any]) -> list[Tensor | None]:
+    """The tensors among the keywords of a call."""
+    mask = call["attn_mask"]
+    return [*per_sequence(call), call["attn_bias"], *((None, None) if mask is None else mask[:2])]
+
+
+def dqdkdv(
+    inputs: tuple, dq: Any, sums: Tensor, added: Tensor, outputs: tuple, constants: dict[str, Any], run: Run
+) -> Launch:
     """Five products: see attention_sm90_backward."""
     sizes = functools.partial(dqdkdv_sizes, run.call["seq_offsets"] is not None, dq.ptr.shape[-2])
-    programs, numbers = sizes(extent_of(dq.ptr, run.call))
+    programs, numbers = sizes(run.workspace.extent)
     _, *numbers = numbers.values()
-    added, sums = run.scratch
     arguments = (*inputs, dq, sums, added, *outputs, *numbers)
     constants = {**constants, "FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernels().dqdkdv, programs, arguments, constants, sizes)
@@ -319,7 +297,9 @@ def dqdkdv_sizes(jagged: bool, heads: int, extent: Extent) -> tuple[int, dict[st
     return slots.number * heads, sizes | {"tiles_per_seq": slots.tiles_per_seq, "slots_per_seq": slots.slots_per_seq}
 
 
-def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Any, factor: float, run: Run, *, grad: bool) -> Launch:
+def product(
+    a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Any, factor: float, run: Run, counter: Tensor, *, grad: bool
+) -> list[Launch]:
     width, call = run.width, run.call
     cols, b_stages, c_stages = (GRAD_TILES if grad else SILU_TILES)[width]
     a_rows = describe(a, ROWS, width)
@@ -327,18 +307,24 @@ def product(a: Tensor, da: Tensor, b: Tensor, c: Tensor, out: Any, factor: float
     arguments += (describe(b, cols, width), describe(c, cols, width), None, None, out, 0.5 * call["alpha"], factor)
     constants = {"DIM": out.ptr.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
     constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad, "REGISTERS": 240, "parts": 1}
-    return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run)
+    return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run, counter)
 
 
-def persistent(kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: dict[str, Any], run: Run) -> Launch:
-    """Launch with tickets for output tiles of so many rows of x: see attention_sm90_schedule."""
+def persistent(
+    kernel: Any, x: Tensor, rows: int, arguments: tuple, constants: dict[str, Any], run: Run, counter: Tensor
+) -> list[Launch]:
+    """A launch with tickets for output tiles of so many rows of x (see attention_sm90_schedule), and what it waits for.
+
+    counter: 0 then; a launch's own, since launches of other streams may run at a time.
+    """
     jagged, heads = run.call["seq_offsets"] is not None, x.shape[-2]
     sizes = functools.partial(ticket_sizes, jagged, heads, rows, run.width, run.sms)
-    programs, numbers = sizes(extent_of(x, run.call))
+    programs, numbers = sizes(run.workspace.extent)
     _, *tickets = numbers.values()
-    pairs = pairs_of(x, rows, constants["COLS"], run.call, by_keys=kernel is not kernels().product)
+    before, lists = lists_of(rows, constants["COLS"], run, by_keys=kernel is not kernels().product)
+    pairs = pairs_of(x, run.call, lists)
     constants |= {"FAMILY": family_of(run.call), "num_warps": 4, "maxnreg": 168}
-    return Launch(kernel, programs, (*arguments, pairs, next(run.scratch), *tickets), constants, sizes)
+    return [*before, Launch(kernel, programs, (*arguments, pairs, counter, *tickets), constants, sizes)]
 
 
 def ticket_sizes(
@@ -382,14 +368,21 @@ def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
     return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
 
 
-def pairs_of(x: Tensor, rows: int, cols: int, call: dict[str, Any], *, by_keys: bool) -> Any:
-    """Bias and mask tensor, as a kernel takes them whose output tiles have so many rows and stream `cols`."""
-    mask, size = call["attn_mask"], (num_sequences(x, call), x.shape[-2])
-    lists = kernels().lists(None, None, None, None)
-    if mask is not None:
-        visits, ranks = kernels().occupied_tiles(mask.mT if by_keys else mask, rows, cols)
-        lists = kernels().lists(visits, ranks, *(kernels().portable.constant(n > 1) for n in mask.states.shape[:2]))
-    return kernels().pairs(cells_of(call["attn_bias"], *size), weights_of(call, *size), lists)
+def lists_of(rows: int, cols: int, run: Run, *, by_keys: bool) -> tuple[list[Launch], Any]:
+    """Which tiles of the mask tensor, if there is one, output tiles of so many rows stream; and what lists them."""
+    mask = run.call["attn_mask"]
+    if mask is None:
+        return [], None
+    launch, visits, ranks = kernels().list_tiles(mask, rows, cols, run.workspace, by_keys=by_keys)
+    by_sequence, by_head = (kernels().portable.constant(n > 1) for n in mask.states.shape[:2])
+    return [launch], kernels().lists(visits, ranks, by_sequence, by_head)
+
+
+def pairs_of(x: Tensor, call: dict[str, Any], lists: Any = None) -> Any:
+    """Bias and mask tensor, as a kernel takes them."""
+    size = num_sequences(x, call), x.shape[-2]
+    absent = kernels().lists(None, None, None, None)
+    return kernels().pairs(cells_of(call["attn_bias"], *size), weights_of(call, *size), lists or absent)
 
 
 def weights_of(call: dict[str, Any], sequences: int, heads: int) -> Any:

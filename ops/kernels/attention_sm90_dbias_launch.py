@@ -1,6 +1,7 @@
 """What the kernel of attention_sm90_dbias.py is called with: lists of sharers, descriptors, tile sizes."""
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from hstu_compile.ops.kernels import attention_sm90 as sm90
 from hstu_compile.ops.kernels import attention_triton as portable
 from hstu_compile.ops.kernels.attention_sm90_dbias import dbias_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
-from hstu_compile.ops.kernels.launch import Launch
+from hstu_compile.ops.kernels.launch import Launch, Workspace, run
 
 TILE = 128  # rows and columns of a tile of the bias
 CHUNK = 64  # of the head dim
@@ -19,38 +20,46 @@ STAGES = 5  # of two operands, TILE x CHUNK each: 160 of 227 KB
 BIAS_BYTES = 4 * TILE * TILE  # two tiles of 16 bits, or one of 32
 
 
-def dbias(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
-    """The gradient of call["attn_bias"], in its shape and dtype, contiguous; keywords as in attention_sm90.forward."""
+def dbias(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | None = None, **call: Any
+) -> Tensor:
+    """The gradient of call["attn_bias"], in its shape and dtype, contiguous; see attention_sm90.forward."""
+    dtype = call["attn_bias"].dtype
     out = portable.empty_bias_grad(call["attn_bias"])
     if q.numel() == 0 or sm90.num_sequences(q, call) == 0:
-        return out.zero_().to(call["attn_bias"].dtype)
+        return out.zero_().to(dtype)
     if out.numel():
-        with torch.cuda.device_of(q):
-            dbias_launch(dout, q, k, v, out, sm90.processors(q.device), **call)()
-    return out.to(call["attn_bias"].dtype)
+        call["attn_bias"] = loadable_bias(call["attn_bias"])
+
+        def launches(workspace: Workspace) -> list[Launch]:
+            return dbias_launches(dout, q, k, v, out, workspace, sm90.processors(q.device), **call)
+
+        key = ("dbias", dout.dtype, dout.shape[1:], dout.stride())
+        run(memory, key, [dout, q, k, v, out, *sm90.given(call)], sm90.extent_of(q, call), launches)
+    return out.to(dtype)
 
 
-def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms: int, **call: Any) -> Launch:
-    """What `dbias` runs once it has found the sequences and heads that share each tile."""
-    lists = portable.Call(q, k, v, **call).sharers(Tile(TILE, TILE, 1, 1))
+def dbias_launches(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, workspace: Workspace, sms: int, **call: Any
+) -> list[Launch]:
+    """What `dbias` runs, with a bias that TMA can read: first what finds the sharers of each tile."""
+    counter = workspace.empty(torch.int32, (sm90.COUNTER,))
+    shared = portable.Call(q, k, v, workspace, **call)
+    lists = shared.sharers(Tile(TILE, TILE, 1, 1), counter)
     (dout, q, k, v), batch_rows = sm90.loadable(dout, q, k, v)
-    bias, chunk = loadable_bias(call["attn_bias"]), min(CHUNK, sm90.filled_dim(q, v))
+    bias, chunk = call["attn_bias"], min(CHUNK, sm90.filled_dim(q, v))
     size = num_sequences, num_heads = sm90.num_sequences(q, call), q.shape[-2]
     tiles, most = lists["sharers_ptr"].shape
     arguments = (*(sm90.describe(x, TILE, chunk) for x in (q, k, dout, v)), describe_bias(bias))
-    absent = sm90.kernels().lists(None, None, None, None)
-    pairs = sm90.kernels().pairs(sm90.cells_of(None, *size), sm90.weights_of(call, *size), absent)
     arguments += (
         portable.cells_of(out, *size),
-        pairs,
+        sm90.pairs_of(q, {**call, "attn_bias": None}),
         0.5 * call["alpha"],
         float(call["scale"]),
         lists["sharers_ptr"],
         lists["counts_ptr"],
-    )
-    arguments += (
         most,
-        torch.zeros(sm90.COUNTER, dtype=torch.int32, device=q.device),
+        counter,
         tiles,
         num_sequences,
         *out.shape[:2],
@@ -67,7 +76,7 @@ def dbias_launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sms
         "num_warps": 4,
         "maxnreg": 168,
     }
-    return Launch(dbias_kernel, min(sms, tiles), arguments, constants)
+    return [*shared.launches, Launch(dbias_kernel, min(sms, tiles), arguments, constants)]
 
 
 def loadable_bias(bias: Tensor) -> Tensor:

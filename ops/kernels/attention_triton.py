@@ -16,12 +16,12 @@ from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
 from hstu_compile.ops.kernels.attention_triton_dbias import dbias_kernel, sharers_kernel
 from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, product_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
-from hstu_compile.ops.kernels.launch import Extent
-from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, run
+from hstu_compile.ops.kernels.mask_occupancy import TiledMask, list_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
 from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
-from hstu_compile.ops.kernels.slots import Slots, slots_of
-from hstu_compile.ops.kernels.zero_tail import zero_tail
+from hstu_compile.ops.kernels.slots import slots_of
+from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -51,12 +51,19 @@ def unsupported(
 def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | None = None, **arguments: Any) -> Tensor:
     """The kernels' side of `hstu_compile::hstu_attention`; the keywords are those of `Call`, all required.
 
-    memory: see `attention_sm90`; nothing is remembered here.
+    memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
     """
-    call = Call(q, k, v, **arguments)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    call.product(call.tiles.forward, out, call.scale, x=q, y=k, z=v)
-    zero_tail((out,), arguments["seq_offsets"])
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    if out.numel():
+        arguments["attn_mask"] = readable_mask(arguments["attn_mask"])
+
+        def launches(workspace: Workspace) -> list[Launch]:
+            call = Call(q, k, v, workspace, **arguments)
+            call.product(call.tiles.forward, out, call.scale, x=q, y=k, z=v)
+            call.zero_tail(out)
+            return call.launches
+
+        run(memory, "forward", [q, k, v, out, *given(arguments)], extent_of(q, arguments), launches)
     return out
 
 
@@ -71,11 +78,26 @@ def backward(
     **arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
-    call = Call(q, k, v, **arguments)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    dout = call.gradients(dout, dq, dk, dv)
-    zero_tail((dq, dk, dv), arguments["seq_offsets"])
-    return dq, dk, dv, call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
+    bias = arguments["attn_bias"] if needs_bias_grad else None
+    dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)])
+    dbias = None if bias is None else empty_bias_grad(bias)
+    if not dq.numel():
+        return dq, dk, dv, None if dbias is None else dbias.zero_().to(bias.dtype)
+    arguments["attn_mask"] = readable_mask(arguments["attn_mask"])
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+
+    def launches(workspace: Workspace) -> list[Launch]:
+        call = Call(q, k, v, workspace, **arguments)
+        call.gradients(dout, *grads)
+        call.zero_tail(*grads)
+        if dbias is not None and dbias.numel():
+            call.dbias(call.tiles.dbias, dout, dbias)
+        return call.launches
+
+    key = (dout.dtype, dout.shape[1:], dout.stride(), dbias is None)
+    tensors = [dout, q, k, v, *grads, dbias, *given(arguments)]
+    run(memory, key, tensors, extent_of(q, arguments), launches)
+    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
 
 
 def silu_backward(
@@ -92,25 +114,62 @@ def silu_backward(
     **arguments: Any,
 ) -> None:
     """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); see attention_sm90 and `forward`."""
-    call = Call(q, k, v, **arguments)
+    if not dx.numel():
+        return
+    arguments["attn_mask"] = readable_mask(arguments["attn_mask"])
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
-    call.gradients(dout, *grads)
-    with torch.cuda.device_of(x):
-        for grad, of in zip(grads, silu_of, strict=True):
-            silu_backward_launch(grad.flatten(-2), of.flatten(-2), grad.flatten(-2), call.extent)()
-        zero_tail(grads, arguments["seq_offsets"])
-        if du is not None:
-            silu_backward_launch(*u_slices(du, x, dx, columns["u_at"]), call.extent)()
+    flat_grads, flat_silu_of = ([t.flatten(-2) for t in slices] for slices in (grads, silu_of))
+    of_u = () if du is None else u_slices(du, x, dx, columns["u_at"])
+    extent = extent_of(q, arguments)
+
+    def launches(workspace: Workspace) -> list[Launch]:
+        call = Call(q, k, v, workspace, **arguments)
+        call.gradients(dout, *grads)
+        times_silu = [
+            silu_backward_launch(grad, of, grad, extent) for grad, of in zip(flat_grads, flat_silu_of, strict=True)
+        ]
+        call.launches += times_silu
+        call.zero_tail(*grads)
+        return [*call.launches, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
+
+    layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
+    layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
+    tensors = [dout, q, k, v, *grads, *flat_grads, *flat_silu_of, *of_u, *given(arguments)]
+    run(memory, (*layouts, *columns.items()), tensors, extent, launches)
+
+
+PER_SEQUENCE = ("seq_offsets", "seq_lengths", "num_targets", "num_contextuals")
+
+
+def given(arguments: dict[str, Any]) -> list[Tensor | None]:
+    """The tensors among the keywords of a call."""
+    mask = arguments["attn_mask"]
+    tensors = [arguments[name] for name in PER_SEQUENCE]
+    return [*tensors, arguments["attn_bias"], *((None, None) if mask is None else mask[:2])]
+
+
+def extent_of(q: Tensor, arguments: dict[str, Any]) -> Extent:
+    offsets = arguments["seq_offsets"]
+    return Extent(q.shape[0], q.shape[0] if offsets is None else offsets.shape[0] - 1, arguments["max_seq_len"])
+
+
+def readable_mask(mask: TiledMask | None) -> TiledMask | None:
+    """With numbers for bools."""
+    if mask is None or mask.cells.dtype != torch.bool:
+        return mask
+    return mask._replace(cells=mask.cells.view(torch.uint8))
 
 
 class Call:
-    """One call's arguments as the kernels take them."""
+    """One call's arguments as the kernels take them, and its launches so far."""
 
     def __init__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        workspace: Workspace,
         *,
         seq_offsets: Tensor | None,
         seq_lengths: Tensor | None,
@@ -129,13 +188,14 @@ class Call:
         targets_share_position: bool,
     ) -> None:
         self.q, self.k, self.v = q, k, v
+        self.workspace = workspace
+        self.launches: list[Launch] = []
         self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
         self.num_heads, attn_dim = q.shape[-2:]
         has_cells = attn_mask is not None or attn_bias is not None
         gpu = capability_and_memory(q.device)
         self.tiles = tiles_for(q.dtype, max(attn_dim, v.shape[-1]), *gpu, has_cells=has_cells)
-        self.max_seq_len = max_seq_len
-        self.extent = Extent(q.shape[0], self.num_sequences, max_seq_len)
+        self.extent = workspace.extent
         self.attn_mask = attn_mask
         self.attn_bias = attn_bias
         self.lists: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
@@ -167,9 +227,25 @@ class Call:
         }
 
     def cells(self, t: Tensor) -> Cells:
-        if t.dtype == torch.bool:
-            t = t.view(torch.uint8)
         return cells_of(t, self.num_sequences, self.num_heads)
+
+    def launch(self, kernel: Any, kept: int, tile: Tile, **arguments: Any) -> None:
+        """For tiles of so many rows of the kept side, of every head."""
+        sizes = functools.partial(kept_sizes, self.sequences["sequences"].offsets is not None, self.num_heads, kept)
+        programs, numbers = sizes(self.extent)
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        self.launches.append(Launch(kernel, programs, (), arguments | numbers | options, sizes))
+
+    def launch_over_bias(self, kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
+        """For tiles of the bias, which has the same sizes in all calls of a kind."""
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        self.launches.append(Launch(kernel, programs, (), arguments | options))
+
+    def zero_tail(self, *outs: Tensor) -> None:
+        """Rows of no sequence."""
+        offsets = self.sequences["sequences"].offsets
+        if offsets is not None:
+            self.launches.append(zero_launch(outs, offsets, self.extent))
 
     def occupied(self, rows: int, cols: int, *, by_keys: bool) -> dict[str, Any]:
         """Lists of the mask tensor's occupied tiles, made once: a line for `rows` queries each, or for `cols` keys."""
@@ -177,14 +253,11 @@ class Call:
             return {"visits": None, "ranks": None, "mask_batches": 1, "mask_heads": 1}
         key = rows, cols, by_keys
         if key not in self.lists:
-            mask, *sizes = (self.attn_mask.mT, cols, rows) if by_keys else (self.attn_mask, rows, cols)
-            self.lists[key] = occupied_tiles(mask, *sizes)
+            sizes = (cols, rows) if by_keys else (rows, cols)
+            launch, *self.lists[key] = list_tiles(self.attn_mask, *sizes, self.workspace, by_keys=by_keys)
+            self.launches.append(launch)
         visits, ranks = self.lists[key]
         return {"visits": visits, "ranks": ranks, "mask_batches": visits.shape[0], "mask_heads": visits.shape[1]}
-
-    def slots(self, kept: int) -> Slots:
-        """For tiles of the kept side."""
-        return slots_of(self.sequences["sequences"].offsets is not None, kept, self.extent)
 
     def product(
         self,
@@ -201,14 +274,11 @@ class Call:
     ) -> None:
         """out from `product_kernel`; by keys, the tile's rows are keys and its columns queries."""
         kept, streamed = tile.rows, tile.cols
-        slots = self.slots(kept)
         operands = {"x_rows": x, "y_rows": y, "dx_rows": dx, "dy_rows": dy, "z_rows": z, "out_rows": out}
-        launch(
+        self.launch(
             product_kernel,
-            self.q,
-            slots.number * self.num_heads,
+            kept,
             tile,
-            slots_per_seq=slots.slots_per_seq,
             **self.shared,
             **{name: None if t is None else rows_of(t) for name, t in operands.items()},
             **self.occupied(*((streamed, kept) if by_keys else (kept, streamed)), by_keys=by_keys),
@@ -218,21 +288,16 @@ class Call:
             STREAMED=streamed,
         )
 
-    def gradients(self, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-        """dq, dk and dv; returns dout as the kernels read it."""
+    def gradients(self, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         q, k, v = self.q, self.k, self.v
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
         self.product(self.tiles.dq, dq, self.alpha * self.scale, x=q, y=k, dx=dout, dy=v)
         if self.tiles.dk_dv is None:
             self.product(self.tiles.forward, dv, self.scale, by_keys=True, x=k, y=q, z=dout)
             self.product(self.tiles.dq, dk, self.alpha * self.scale, by_keys=True, x=k, y=q, dx=v, dy=dout)
         else:
             self.dk_dv(self.tiles.dk_dv, dout, dk, dv)
-        return dout
 
     def dk_dv(self, tile: Tile, dout: Tensor, dk: Tensor, dv: Tensor) -> None:
-        slots = self.slots(tile.cols)
         operands = {
             "q_rows": self.q,
             "k_rows": self.k,
@@ -241,12 +306,10 @@ class Call:
             "dk_rows": dk,
             "dv_rows": dv,
         }
-        launch(
+        self.launch(
             dk_dv_kernel,
-            self.q,
-            slots.number * self.num_heads,
+            tile.cols,
             tile,
-            slots_per_seq=slots.slots_per_seq,
             **self.shared,
             **{name: rows_of(t) for name, t in operands.items()},
             **self.occupied(tile.rows, tile.cols, by_keys=True),
@@ -255,51 +318,47 @@ class Call:
             COLS=tile.cols,
         )
 
-    def sharers(self, tile: Tile) -> dict[str, Any]:
+    def sharers(self, tile: Tile, counter: Tensor | None = None) -> dict[str, Any]:
         """Which sequences and heads share each tile of the bias: the lists of `sharers_kernel`."""
         batches, heads, N, _ = self.attn_bias.shape
         tiles = batches * heads * triton.cdiv(N, tile.rows) * triton.cdiv(N, tile.cols)
-        counts = torch.empty(tiles, dtype=torch.int32, device=self.q.device)
-        sharers = counts.new_empty(tiles, self.num_sequences // batches * (self.num_heads // heads))
-        lists = {"sharers_ptr": sharers, "counts_ptr": counts}
+        most = self.num_sequences // batches * (self.num_heads // heads)
+        lists = {
+            "sharers_ptr": self.workspace.empty(torch.int32, (tiles, most)),
+            "counts_ptr": self.workspace.empty(torch.int32, (tiles,)),
+        }
         lists |= {"bias_batches": batches, "bias_heads": heads, "ROWS": tile.rows, "COLS": tile.cols}
         occupied = self.occupied(tile.rows, tile.cols, by_keys=False)
-        launch(sharers_kernel, self.q, tiles, tile._replace(num_warps=1), **self.sequences, **lists, **occupied)
+        arguments = {**self.sequences, **lists, **occupied, "counter_ptr": counter}
+        self.launch_over_bias(sharers_kernel, tiles, tile._replace(num_warps=1), **arguments)
         return lists
 
-    def dbias(self, tile: Tile, dout: Tensor) -> Tensor | None:
-        """One program for every tile of the bias, if any, which streams the sequences and heads that share it."""
-        if self.attn_bias is None:
-            return None
-        dbias = empty_bias_grad(self.attn_bias)
-        if dbias.numel():
-            lists = self.sharers(tile)
-            operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
-            launch(
-                dbias_kernel,
-                self.q,
-                lists["counts_ptr"].numel(),
-                tile,
-                **self.shared,
-                **lists,
-                **{name: rows_of(t) for name, t in operands.items()},
-                dbias_cells=self.cells(dbias),
-                scale=self.scale,
-                CHUNK=CHUNK,
-            )
-        return dbias.to(self.attn_bias.dtype)
+    def dbias(self, tile: Tile, dout: Tensor, dbias: Tensor) -> None:
+        """One program for every tile of the bias, which streams the sequences and heads that share it."""
+        lists = self.sharers(tile)
+        operands = {"q_rows": self.q, "k_rows": self.k, "v_rows": self.v, "dout_rows": dout}
+        self.launch_over_bias(
+            dbias_kernel,
+            lists["counts_ptr"].numel(),
+            tile,
+            **self.shared,
+            **lists,
+            **{name: rows_of(t) for name, t in operands.items()},
+            dbias_cells=self.cells(dbias),
+            scale=self.scale,
+            CHUNK=CHUNK,
+        )
+
+
+def kept_sizes(jagged: bool, heads: int, rows: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    slots = slots_of(jagged, rows, extent)
+    sizes = {"slots_per_seq": slots.slots_per_seq, "num_sequences": extent.sequences, "N": extent.max_seq_len}
+    return slots.number * heads, sizes
 
 
 def empty_bias_grad(bias: Tensor) -> Tensor:
     """Contiguous, of at most four bytes a cell."""
     return torch.empty(bias.shape, dtype=bias.dtype if bias.element_size() <= 4 else torch.float32, device=bias.device)
-
-
-def launch(kernel: Any, like: Tensor, programs: int, tile: Tile, **arguments: Any) -> None:
-    if programs == 0:
-        return
-    with torch.cuda.device_of(like):
-        kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def rows_of(t: Tensor) -> Rows:

@@ -40,6 +40,7 @@ def bias_tile(tile, N, num_sequences, num_heads, bias_batches, bias_heads, ROWS:
 def sharers_kernel(
     sharers_ptr,
     counts_ptr,
+    counter_ptr,
     num_sequences,
     bias_batches,
     bias_heads,
@@ -61,7 +62,10 @@ def sharers_kernel(
     """For each tile of the bias, in order, the sequences and heads in which a cell of it may live, and their number.
 
     sharers[tile, i] = (batch * num_heads + head) * 2 + w, w = 1 if the mask tensor (if any) is all ones there.
+    counter: None, or what the next kernel draws its tiles from, which becomes 0.
     """
+    if counter_ptr is not None:
+        tl.store(counter_ptr, 0, mask=tl.program_id(0) == 0)
     row_tile, col_tile, matrix, batches, heads = bias_tile(
         tl.program_id(0), N, num_sequences, num_heads, bias_batches, bias_heads, ROWS, COLS
     )

@@ -11,6 +11,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
+import math
+import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes: Triton compiles a kernel for pointers that are multiples of it, and another one for others
 MAX_SIZE = 2**31 - 1  # larger integers have another type in the kernel
 MAX_KNOWN = 256  # kinds of calls; sets of addresses that one launch's descriptors are encoded for
+PIECE = 512  # bytes, of which the pieces of a workspace are multiples, as PyTorch's allocations are
 
 
 class Extent(NamedTuple):
@@ -35,7 +39,7 @@ class Extent(NamedTuple):
 class Launch(NamedTuple):
     """One kernel with everything it is called with.
 
-    sizes: for an extent, the programs, and the arguments that go by it, by name; None if it is never done again.
+    sizes: for an extent, the programs, and the arguments that go by it, by name; None where nothing does.
     """
 
     kernel: Any
@@ -47,6 +51,37 @@ class Launch(NamedTuple):
     def __call__(self) -> Any:
         """Returns the compiled kernel; None where there is nothing to do."""
         return self.kernel[(self.programs,)](*self.arguments, **self.constants) if self.programs else None
+
+    def sizes_for(self, extent: Extent) -> tuple[int, dict[str, int]]:
+        return (self.programs, {}) if self.sizes is None else self.sizes(extent)
+
+
+Shape = tuple[int, ...] | Callable[[Extent], tuple[int, ...]]  # Or what it is for an extent
+
+
+class Workspace:
+    """What launches write besides results: tensors here, pieces of one allocation where the launches are done again."""
+
+    def __init__(self, device: torch.device, extent: Extent) -> None:
+        self.device, self.extent = device, extent
+        self.tensors: list[Tensor] = []
+        self.pieces: list[tuple[Shape, int]] = []  # and bytes of an element
+
+    def empty(self, dtype: torch.dtype, shape: Shape) -> Tensor:
+        """Uninitialised; in use until the last of the launches."""
+        self.pieces.append((shape, dtype.itemsize))
+        self.tensors.append(torch.empty(shape_for(shape, self.extent), dtype=dtype, device=self.device))
+        return self.tensors[-1]
+
+
+def shape_for(shape: Shape, extent: Extent) -> tuple[int, ...]:
+    return shape(extent) if callable(shape) else shape
+
+
+def offsets_of(pieces: list[tuple[Shape, int]], extent: Extent) -> list[int]:
+    """Where each piece of a workspace begins, in bytes; at the end, how many there are in all."""
+    sizes = [math.prod(shape_for(shape, extent)) * itemsize for shape, itemsize in pieces]
+    return list(itertools.accumulate((-(-size // PIECE) * PIECE for size in sizes), initial=0))
 
 
 class Place(NamedTuple):
@@ -74,15 +109,10 @@ class Relaunch:
         from triton.backends.nvidia import driver
 
         launcher = compiled.run
-        if (
-            launch.sizes is None
-            or launcher.global_scratch_size
-            or launcher.profile_scratch_size
-            or getattr(launcher, "gsan_enabled", False)
-        ):
-            raise NotImplementedError("a kernel that takes more than its arguments, or that is not done again")
+        if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+            raise NotImplementedError("a kernel that takes more than its arguments")
         self.compiled = compiled  # unloads its code when it goes
-        self.sizes = launch.sizes
+        self.programs, self.sizes = launch.programs, launch.sizes
         self.now = threading.local()
         self.parameters = with_places(launch, tensors, extent)
         descriptors = [x for x in self.parameters if is_descriptor(x)]
@@ -102,16 +132,18 @@ class Relaunch:
         self.numbers = [(i, key) for i, key in places if isinstance(key, str)]
         self.tuples = [(i, x) for i, x in said if type(x) is tuple and holds_place(x)]
 
-    def __call__(self, pointers: list[int], extent: Extent, stream: int) -> None:
-        programs, sizes = self.sizes(extent)
-        if not programs:
-            return
+    def resized(self, extent: Extent) -> tuple[int, list[tuple[int, int]]]:
+        """Programs, and the arguments that go by the extent, by where they stand."""
+        programs, sizes = (self.programs, {}) if self.sizes is None else self.sizes(extent)
+        return programs, [(i, sizes[name]) for i, name in self.numbers]
+
+    def __call__(self, pointers: list[int], programs: int, numbers: list[tuple[int, int]], stream: int) -> None:
         bases = tuple([pointers[i] for i in self.bases])
         arguments = (self.encoded.get(bases) or self._encode(pointers)).copy()
         for i, tensor in self.addresses:
             arguments[i] = pointers[tensor]
-        for i, name in self.numbers:
-            arguments[i] = sizes[name]
+        for i, number in numbers:
+            arguments[i] = number
         for i, items in self.tuples:
             arguments[i] = filled(items, pointers)
         if self.nested:
@@ -136,6 +168,40 @@ class Relaunch:
         self.now.said = said
 
 
+class Sized(NamedTuple):
+    """A plan for one extent."""
+
+    extent: Extent | None
+    offsets: list[int]  # of the pieces of the workspace
+    workspace: int  # bytes
+    launches: list[tuple[Relaunch, int, list[tuple[int, int]]]]  # with programs and sizes, if there are programs
+
+
+class Plan:
+    """All launches of a call, done again for other addresses and another extent."""
+
+    def __init__(self, relaunches: list[Relaunch], workspace: Workspace) -> None:
+        self.relaunches = relaunches
+        self.pieces = workspace.pieces
+        self.sized = Sized(None, [], 0, [])  # the layers of a model have one extent
+
+    def __call__(self, pointers: list[int], extent: Extent, stream: int, device: torch.device) -> None:
+        sized = self.sized
+        if sized.extent != extent:
+            sized = self.sized = self._for(extent)
+        if sized.offsets:
+            workspace = torch.empty(sized.workspace, dtype=torch.uint8, device=device)
+            base = workspace.data_ptr()
+            pointers += [base + offset for offset in sized.offsets]
+        for relaunch, programs, numbers in sized.launches:
+            relaunch(pointers, programs, numbers, stream)
+
+    def _for(self, extent: Extent) -> Sized:
+        *offsets, end = offsets_of(self.pieces, extent)
+        launches = [(relaunch, *relaunch.resized(extent)) for relaunch in self.relaunches]
+        return Sized(extent, offsets, end, [launch for launch in launches if launch[1]])
+
+
 def is_descriptor(x: Any) -> bool:
     return hasattr(x, "block_shape")
 
@@ -155,7 +221,7 @@ def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent
     """What the kernel is called with, in the order of its parameters."""
     number = {id(t): Place(i) for i, t in enumerate(tensors) if t is not None}
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    _, sizes = launch.sizes(extent)
+    _, sizes = launch.sizes_for(extent)
 
     def placed(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -179,55 +245,60 @@ def processors(device: torch.device) -> int:
 
 
 def run(
-    memory: dict[Hashable, list[Relaunch] | None] | None,
+    memory: dict[Hashable, Plan | bool | None] | None,
     key: Hashable,
     tensors: Sequence[Tensor | None],
     extent: Extent,
-    launches: Callable[[], list[Launch]],
+    launches: Callable[[Workspace], list[Launch]],
 ) -> None:
     """Do the launches, on the device of tensors[0] and the current stream there.
 
-    memory: of launches that were done twice before under the same key, and differ at most in addresses and the extent.
-    tensors: all that the launches refer to.
+    memory: of launches that were done twice before under the same key, and differ at most in addresses, the extent and
+        what is in memory. Whether an address is aligned is found out here.
+    tensors: all that the launches refer to, but for the workspace that they ask for.
     """
-    device = tensors[0].device.index
+    device = tensors[0].device
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    again = memory is not None and may_relaunch(pointers, extent)
-    relaunches = memory.get(key) if again else None
-    if relaunches and torch.cuda.current_device() == device:
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        for relaunch in relaunches:
-            relaunch(pointers, extent, stream)
+    together = functools.reduce(operator.or_, pointers)
+    if together % ALIGNMENT:
+        key = key, *[pointer % ALIGNMENT == 0 for pointer in pointers]
+    again = memory is not None and may_relaunch(extent)
+    plan = memory.get(key) if again else None
+    if plan and torch.cuda.current_device() == device.index:
+        plan(pointers, extent, triton.runtime.driver.active.get_current_stream(device.index), device)
         return
+    workspace = Workspace(device, extent)
     with torch.cuda.device_of(tensors[0]):
-        todo = launches()
+        todo = launches(workspace)
         compiled = [launch() for launch in todo]
     given = [id(t) for t in tensors if t is not None]
     distinct = len(set(given)) == len(given)  # of a tensor in two roles nobody knows which one an argument is
-    if not again or relaunches is not None or None in compiled or not distinct:
+    if not again or plan is not None or None in compiled or not distinct:
         return
+    if len(memory) >= MAX_KNOWN:
+        memory.clear()
     if key not in memory:  # it may never come again
         memory[key] = None
     else:
-        try:
-            each = zip(todo, compiled, strict=True)
-            memory[key] = [Relaunch(*one, tensors, pointers, extent) for one in each]
-        except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError):
-            memory[key] = []
+        memory[key] = plan_of(todo, compiled, [*tensors, *workspace.tensors], workspace)
 
 
-def may_relaunch(pointers: list[int], extent: Extent) -> bool:
-    """Whether Triton compiles the same kernels for all such calls, and nobody wants to hear of launches."""
-    together = 0
-    for pointer in pointers:
-        together |= pointer
+def plan_of(
+    launches: list[Launch], compiled: list[Any], tensors: Sequence[Tensor | None], workspace: Workspace
+) -> Plan | bool:
+    """False where only the public way is left."""
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    try:
+        each = zip(launches, compiled, strict=True)
+        return Plan([Relaunch(*one, tensors, pointers, workspace.extent) for one in each], workspace)
+    except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError):
+        return False
+
+
+def may_relaunch(extent: Extent) -> bool:
+    """Whether sizes have the type that kernels are compiled for, and nobody wants to hear of launches."""
     hooks = triton.knobs.runtime
-    return (
-        together % ALIGNMENT == 0
-        and max(extent) <= MAX_SIZE
-        and not is_hooked(hooks.launch_enter_hook)
-        and not is_hooked(hooks.launch_exit_hook)
-    )
+    return max(extent) <= MAX_SIZE and not is_hooked(hooks.launch_enter_hook) and not is_hooked(hooks.launch_exit_hook)
 
 
 def is_hooked(hook: Any) -> bool:

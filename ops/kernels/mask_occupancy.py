@@ -4,12 +4,15 @@ The mask is read once, into the state of each of its smallest tiles. The lists o
 shape, are made from these.
 """
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, run
 
 STRIP = 128  # columns of the mask that a program reads
 WIDTH = 128  # tiles that are listed at a time
@@ -23,10 +26,6 @@ class TiledMask(NamedTuple):
     cells: Tensor  # [B|1, H|1, N, N]
     states: Tensor  # uint8 [B|1, H|1, tiles, tiles]: see `tile_states`
     grain: int
-
-    @property
-    def mT(self) -> "TiledMask":
-        return TiledMask(self.cells.mT, self.states.mT, self.grain)
 
 
 @triton.jit
@@ -94,26 +93,32 @@ def list_tiles_kernel(
     tl.store(ranks_ptr + col_tiles, rank)
 
 
-def tile_states(mask: Tensor, grain: int) -> Tensor:
+def tile_states(mask: Tensor, grain: int, memory: dict[Hashable, Any] | None = None) -> Tensor:
     """For every tile of grain x grain cells of `mask` [B, H, N, N]: 0 if all are 0, 2 if all are 1, else 1; uint8.
 
-    Tiles at the end have the cells that there are.
+    Tiles at the end have the cells that there are. memory: the same for masks that differ at most in their address.
     """
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     B, H, N, _ = mask.shape
     tiles, strips = triton.cdiv(N, grain), triton.cdiv(N, STRIP)
-    states = torch.empty(B, H, tiles, tiles, dtype=torch.uint8, device=mask.device)
-    if states.numel():
-        with torch.cuda.device_of(mask):
-            programs = (B * H * tiles * strips,)
-            tile_states_kernel[programs](mask, mask.stride(), states, N, H, GRAIN=grain, STRIP=STRIP, num_warps=4)
+    states = torch.empty((B, H, tiles, tiles), dtype=torch.uint8, device=mask.device)
+
+    def launches(_: Workspace) -> list[Launch]:
+        arguments = (mask, mask.stride(), states, N, H)
+        constants = {"GRAIN": grain, "STRIP": STRIP, "num_warps": 4}
+        return [Launch(tile_states_kernel, B * H * tiles * strips, arguments, constants)]
+
+    run(memory, "states", [mask, states], Extent(0), launches)
     return states
 
 
-def occupied_tiles(mask: TiledMask, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """For every row of tiles of the mask, tiles of `rows` x `cols`: visits and ranks, both int32.
+def list_tiles(
+    mask: TiledMask, rows: int, cols: int, workspace: Workspace, *, by_keys: bool = False
+) -> tuple[Launch, Tensor, Tensor]:
+    """For every row of tiles of the mask, or (by_keys) of it transposed, tiles of `rows` x `cols`: visits and ranks.
 
+    Both are int32, in the workspace, filled by the launch.
     visits[b, h, r, i] = 2 * c + w for the i-th column tile c that holds a nonzero cell, w = 1 if all its cells are 1.
     ranks[b, h, r, c] = how many column tiles before c hold one: those in [c0, c1) are visits[ranks[c0] : ranks[c1]].
     A tile smaller than the mask's grain counts as the one that it is part of.
@@ -121,12 +126,10 @@ def occupied_tiles(mask: TiledMask, rows: int, cols: int) -> tuple[Tensor, Tenso
     states, N = mask.states, mask.cells.shape[-1]
     B, H, grains, _ = states.shape
     row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
-    visits = torch.empty(B, H, row_tiles, col_tiles, dtype=torch.int32, device=states.device)
-    ranks = torch.empty(B, H, row_tiles, col_tiles + 1, dtype=torch.int32, device=states.device)
-    if visits.numel():
-        sizes = {"ROWS": rows, "COLS": cols, "GRAIN": mask.grain, "WIDTH": WIDTH}
-        with torch.cuda.device_of(states):
-            list_tiles_kernel[(B * H * row_tiles,)](
-                states, *states.stride(), visits, ranks, H, row_tiles, col_tiles, grains, **sizes, num_warps=1
-            )
-    return visits, ranks
+    visits = workspace.empty(torch.int32, (B, H, row_tiles, col_tiles))
+    ranks = workspace.empty(torch.int32, (B, H, row_tiles, col_tiles + 1))
+    *steps, row_step, col_step = states.stride()
+    steps += [col_step, row_step] if by_keys else [row_step, col_step]
+    arguments = (states, *steps, visits, ranks, H, row_tiles, col_tiles, grains)
+    constants = {"ROWS": rows, "COLS": cols, "GRAIN": mask.grain, "WIDTH": WIDTH, "num_warps": 1}
+    return Launch(list_tiles_kernel, B * H * row_tiles, arguments, constants), visits, ranks

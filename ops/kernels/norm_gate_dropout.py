@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
 from hstu_compile.ops.kernels.norm_gate_dropout_kernels import backward_kernel, forward_kernel
 from hstu_compile.ops.kernels.sum_shares import Programs, sum_launches
 
@@ -89,7 +89,7 @@ def forward(
     """
     extent = Extent(a.shape[0])
 
-    def launches() -> list[Launch]:
+    def launches(_: Workspace) -> list[Launch]:
         return [forward_launch(a, u, weight, bias, seed, out, extent, **named)]
 
     run(memory, "forward", [a, u, weight, bias, seed, out], extent, launches)
@@ -114,22 +114,17 @@ def backward(
     du: Tensor | None = None, memory: dict[Hashable, Any] | None = None, **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """da, du, dweight, dbias; see `forward`. du: [T, W], columns contiguous, to be filled; None: make one."""
-    extent, groups = Extent(a.shape[0]), named["num_groups"]
     da, dweight, dbias = (
         None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, weight, bias)
     )
     du = torch.empty_like(u, memory_format=torch.contiguous_format) if du is None else du
     grads = da, du, dweight, dbias
-    shares = None
-    if weight is not None or bias is not None:
-        _, programs = tile_and_programs(dy, a, u, named)
-        size = 2, programs(extent), groups, a.shape[1:].numel() // groups
-        shares = torch.empty(size, dtype=torch.float32, device=a.device)
 
-    def launches() -> list[Launch]:
-        return backward_launches(dy, a, u, weight, bias, seed, *grads, shares, extent, **named)
+    def launches(workspace: Workspace) -> list[Launch]:
+        return backward_launches(dy, a, u, weight, bias, seed, *grads, workspace, **named)
 
-    run(memory, (dy.dtype, dy.stride(), du.stride()), [dy, a, u, weight, bias, seed, *grads, shares], extent, launches)
+    key, tensors = (dy.dtype, dy.stride(), du.stride()), [dy, a, u, weight, bias, seed, *grads]
+    run(memory, key, tensors, Extent(a.shape[0]), launches)
     return grads
 
 
@@ -147,13 +142,17 @@ def row_programs(tile_rows: int, most: int, extent: Extent) -> int:
 
 def backward_launches(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    da: Tensor, du: Tensor, dweight: Tensor | None, dbias: Tensor | None, shares: Tensor | None, extent: Extent,
-    **named: Any,
+    da: Tensor, du: Tensor, dweight: Tensor | None, dbias: Tensor | None, workspace: Workspace, **named: Any,
 ) -> list[Launch]:  # fmt: skip
-    """What `backward` runs; shares: scratch."""
+    """What `backward` runs."""
+    extent = workspace.extent
     tile, programs = tile_and_programs(dy, a, u, named)
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
-    sizes = functools.partial(backward_sizes, programs, constants["GROUPS"])
+    groups, width = constants["GROUPS"], constants["WIDTH"]
+    shares = None
+    if weight is not None or bias is not None:
+        shares = workspace.empty(torch.float32, lambda extent: (2, programs(extent), groups, width))
+    sizes = functools.partial(backward_sizes, programs, groups)
     du_row = du.stride(0)
     arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars, du_row)
     first = Launch(backward_kernel, sizes(extent)[0], arguments, constants | tile, sizes)

@@ -105,7 +105,7 @@ def attention_launch(
         batch_rows,
         num_heads,
         *mask,
-        pairs_of(q, 2 * ROWS, cols, call, by_keys=False),
+        pairs_of(q, call),
         counter,
         *tickets,
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_compile.ops.kernels.launch import Extent, Launch, run
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, run
 from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 BLOCK = 1024
@@ -54,24 +54,23 @@ def run_in_parts(
         return out
     seq_offsets = call["seq_offsets"]
     extent = Extent(q.shape[0], seq_offsets.shape[0] - 1, call["max_seq_len"])
-    number = parts(extent)
-    sums = counter = None
-    if number > 1:
-        sums = torch.empty(number, *q.shape, dtype=torch.float32, device=q.device)
-    elif counter_size:
-        counter = torch.empty(counter_size, dtype=torch.int32, device=q.device)
+    in_parts = parts(extent) > 1
     rows = pool.flatten(0, 2) if pool.numel() else k  # with no page at all, nothing is read
-    result = out if sums is None else sums
-    operands = q, k, v, rows, page_table, cached_lengths, result, counter
+    operands = q, k, v, rows, page_table, cached_lengths
 
-    def launches() -> list[Launch]:
-        attention = attention_launch(*operands, page_size=pool.shape[2], parts=parts, **call)
-        if sums is None:
-            return [zero_launch((out,), seq_offsets, extent, counter), attention]
-        return [attention, sum_launch(sums, out, seq_offsets, extent, parts)]
+    def launches(workspace: Workspace) -> list[Launch]:
+        if in_parts:
+            sums = workspace.empty(torch.float32, lambda extent: (parts(extent), extent.rows, *q_shape))
+            attention = attention_launch(*operands, sums, None, page_size=pool.shape[2], parts=parts, **call)
+            return [attention, sum_launch(sums, out, seq_offsets, extent, parts)]
+        counters = (workspace.empty(torch.int32, (counter_size,)),) if counter_size else ()
+        counter = counters[0] if counters else None
+        attention = attention_launch(*operands, out, counter, page_size=pool.shape[2], parts=parts, **call)
+        return [zero_launch((out,), seq_offsets, extent, counters), attention]
 
-    tensors = [*operands, seq_offsets, call["num_targets"], call["num_contextuals"]]
-    run(memory, sums is None, tensors if sums is None else [*tensors, out], extent, launches)
+    q_shape = q.shape[1:]
+    tensors = [*operands, out, seq_offsets, call["num_targets"], call["num_contextuals"]]
+    run(memory, in_parts, tensors, extent, launches)
     return out
 
 

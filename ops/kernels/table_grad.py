@@ -8,10 +8,16 @@ changes. Zeros, half of all gradients under a causal mask, touch nothing. Channe
 channels, threads t, t + C, ... hold channel t.
 """
 
+import functools
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, run
 
 UNROLL = 16  # loads in flight
 PROGRAMS = 2112  # 16 for each of the largest GPU's 132 multiprocessors
@@ -20,17 +26,20 @@ PARTIAL_BYTES = 64 << 20
 MAX_THREADS = 1024  # of one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "steps"])
 def accumulate(
-    grad, index, partial, n, channels, table_size, slice_rows, steps,
+    grad, index, partial, n, channels, table_size, slices, slice_rows, steps,
     CHANNELS: tl.constexpr, THREADS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """partial[program, slice, row, thread] += grad[k, channel] for the program's k with index[k] = slice row."""
-    program, slice_id = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """partial[program, slice, row, thread] += grad[k, channel] for the program's k with index[k] = slice row.
+
+    A program and slice is one of the grid.
+    """
+    program, slice_id = (tl.program_id(0) // slices).to(tl.int64), tl.program_id(0) % slices
     PER_STEP: tl.constexpr = THREADS // CHANNELS
     thread = tl.arange(0, THREADS)
     channel = thread % CHANNELS
-    own = partial + (program * tl.num_programs(1) + slice_id) * slice_rows * THREADS + thread
+    own = partial + tl.program_id(0).to(tl.int64) * slice_rows * THREADS + thread
     first_row = slice_id * slice_rows
     end_row = tl.minimum(slice_rows, table_size - first_row)
     row = tl.zeros((THREADS,), tl.int32)
@@ -55,8 +64,8 @@ def accumulate(
     tl.store(own + row * THREADS, tl.load(own + row * THREADS) + total)
 
 
-def table_grad(grad: Tensor, index: Tensor, table_size: int) -> Tensor:
-    """See `hstu_compile::table_grad`."""
+def table_grad(grad: Tensor, index: Tensor, table_size: int, memory: dict[Hashable, Any] | None = None) -> Tensor:
+    """See `hstu_compile::table_grad`. memory: the same for calls that differ at most in addresses and lookups."""
     channels = grad.shape[-1] if grad.dim() > index.dim() else 1
     if channels > MAX_THREADS:
         return torch.cat([table_grad(part, index, table_size) for part in grad.split(MAX_THREADS, -1)], -1)
@@ -65,15 +74,28 @@ def table_grad(grad: Tensor, index: Tensor, table_size: int) -> Tensor:
     threads = max(32, padded)
     slices = triton.cdiv(table_size, SLICE)
     slice_rows = triton.cdiv(table_size, max(slices, 1))
-    steps = triton.cdiv(index.numel(), UNROLL * threads // padded)
-    affordable = PARTIAL_BYTES // (4 * threads * max(slices * slice_rows, 1))
-    programs = max(1, min(steps, affordable, PROGRAMS // max(slices, 1)))
+    sizes = functools.partial(lookup_sizes, threads // padded, slices, slices * slice_rows * threads)
+    extent = Extent(index.numel())
+    programs, numbers = sizes(extent)
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    partial = grad.new_zeros(programs, slices, slice_rows, threads // padded, padded, dtype=dtype)
+    shape = (programs // max(slices, 1), slices, slice_rows, threads // padded, padded)
+    partial = grad.new_zeros(shape, dtype=dtype)
+
+    def launches(_: Workspace) -> list[Launch]:
+        n, steps = numbers.values()
+        arguments = (grad, index, partial, n, channels, table_size, slices, slice_rows, steps)
+        constants = {"CHANNELS": padded, "THREADS": threads, "UNROLL": UNROLL, "num_warps": threads // 32}
+        return [Launch(accumulate, programs, arguments, constants, sizes)]
+
     if partial.numel() and grad.numel():
-        accumulate[(programs, slices)](
-            grad, index, partial, index.numel(), channels, table_size, slice_rows, triton.cdiv(steps, programs),
-            CHANNELS=padded, THREADS=threads, UNROLL=UNROLL, num_warps=threads // 32,
-        )  # fmt: skip
+        run(memory, "accumulate", [grad, index, partial], extent, launches)
     total = partial.sum((0, 3)).view(slices * slice_rows, padded)[:table_size, :channels]
     return total.reshape(table_size, *grad.shape[index.dim() :]).to(grad.dtype)
+
+
+def lookup_sizes(a_step: int, slices: int, partials: int, extent: Extent) -> tuple[int, dict[str, int]]:
+    """a_step: lookups of a program at a time, UNROLL of them in flight; partials: sums of a program, of all slices."""
+    steps = triton.cdiv(extent.rows, UNROLL * a_step)
+    affordable = PARTIAL_BYTES // (4 * max(partials, 1))
+    programs = max(1, min(steps, affordable, PROGRAMS // max(slices, 1)))
+    return programs * slices, {"n": extent.rows, "steps": triton.cdiv(steps, programs)}

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,15 +13,16 @@ PROGRAMS = 64
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["total_rows", "batch", "num_counters"])
+@triton.jit(do_not_specialize=["total_rows", "batch", "num_zeros"])
 def zero_tail_kernel(
-    outs, strides, widths, seq_offsets_ptr, total_rows, batch, counters_ptr, num_counters, BLOCK: tl.constexpr
+    outs, strides, widths, seq_offsets_ptr, total_rows, batch, counters, num_zeros, BLOCK: tl.constexpr
 ):
     """One launch for all results of a call: pointers, from row to row, elements of a row. And for its counters."""
-    if counters_ptr is not None:
-        for start in range(tl.program_id(0) * BLOCK, num_counters, tl.num_programs(0) * BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            tl.store(counters_ptr + i, tl.zeros((BLOCK,), tl.int32), mask=i < num_counters)
+    if counters is not None:
+        for start in range(tl.program_id(0) * BLOCK, num_zeros, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            for i in tl.static_range(len(counters)):
+                tl.store(counters[i] + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_zeros)
     if seq_offsets_ptr is not None:
         first = tl.load(seq_offsets_ptr + batch).to(tl.int64)
         for row in range(first + tl.program_id(0), total_rows, tl.num_programs(0)):
@@ -33,31 +33,26 @@ def zero_tail_kernel(
                     tl.store(outs[i] + row * strides[i] + cols, zeros, mask=cols < widths[i])
 
 
-def zero_tail(outs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> None:
-    """outs [T, H, D], a row in one piece: zero the rows from seq_offsets[-1] on, not read back to the host."""
-    outs = tuple(out for out in outs if out.numel())
-    if outs and seq_offsets is not None:
-        with torch.cuda.device_of(outs[0]):
-            zero_launch(outs, seq_offsets, Extent(outs[0].shape[0], seq_offsets.shape[0] - 1, 0))()
-
-
 def zero_launch(
     outs: tuple[Tensor, ...],
     seq_offsets: Tensor | None,
     extent: Extent,
-    counters: Tensor | None = None,
-    num_counters: Callable[[Extent], int] | None = None,
+    counters: tuple[Tensor, ...] = (),
+    num_zeros: Callable[[Extent], int] | None = None,
 ) -> Launch:
-    """Zeros the rows of no sequence (dense: none) and int32 counters, as many for any extent if not said otherwise."""
+    """outs [T, H, D], a row in one piece: zero the rows from seq_offsets[-1] (dense: none), not read back to the host.
+
+    counters: int32, as many zeros at the start of each of them; all of the first if not said otherwise.
+    """
     strides, widths = tuple(out.stride(0) for out in outs), tuple(out.shape[-2] * out.shape[-1] for out in outs)
-    number = 0 if counters is None else counters.numel()
-    sizes = functools.partial(zero_sizes, number if num_counters is None else num_counters)
+    number = counters[0].numel() if counters else 0
+    sizes = functools.partial(zero_sizes, number if num_zeros is None else num_zeros)
     programs, numbers = sizes(extent)
     total_rows, batch, number = numbers.values()
-    arguments = (outs, strides, widths, seq_offsets, total_rows, batch, counters, number)
+    arguments = (outs, strides, widths, seq_offsets, total_rows, batch, counters or None, number)
     return Launch(zero_tail_kernel, programs, arguments, {"BLOCK": BLOCK}, sizes)
 
 
 def zero_sizes(number: int | Callable[[Extent], int], extent: Extent) -> tuple[int, dict[str, int]]:
     number = number if isinstance(number, int) else number(extent)
-    return PROGRAMS, {"total_rows": extent.rows, "batch": extent.sequences, "num_counters": number}
+    return PROGRAMS, {"total_rows": extent.rows, "batch": extent.sequences, "num_zeros": number}
