@@ -7,6 +7,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -30,11 +31,17 @@ EMPTY = torch.empty
 passed: list[tuple] = []  # to C
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    pointer: int
+    shape: str
+
+
 class Utilities:
     """Of Triton's driver."""
 
-    def fill_tma_descriptor(self, pointer: int, *shape: Any) -> tuple:
-        return ("descriptor", pointer, *map(str, shape))
+    def fill_tma_descriptor(self, pointer: int, *shape: Any) -> Descriptor:
+        return Descriptor(pointer, str(shape))
 
     fill_tma_descriptor_tiled = fill_tma_descriptor
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hstu_compile.ops.kernels.attention_call import extent_of, given_tensors, num_sequences
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
 from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
 from hstu_compile.ops.kernels.slots import slots_of
@@ -108,13 +109,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
 
     memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
     """
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if out.numel():
 
         def launches(workspace: Workspace) -> list[Launch]:
             return forward_launches(q, k, v, out, workspace, processors(q.device), **call)
 
-        run(memory, "forward", [q, k, v, out, *given(call)], extent_of(q, call), launches)
+        run(memory, "forward", [q, k, v, out, *given_tensors(call)], extent_of(q, call), launches)
     return out
 
 
@@ -138,7 +139,7 @@ def backward(
             return backward_launches(dout, q, k, v, *grads, workspace, processors(q.device), **call)
 
         key = (dout.dtype, dout.shape[1:], dout.stride(), in_one_kernel(filled_dim(q, v), extent, call))
-        run(memory, key, [dout, q, k, v, *grads, *given(call)], extent, launches)
+        run(memory, key, [dout, q, k, v, *grads, *given_tensors(call)], extent, launches)
     if not needs_bias_grad or call["attn_bias"] is None:
         return dq, dk, dv, None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
@@ -179,7 +180,7 @@ def silu_backward(
     layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
     layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
     key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
-    run(memory, key, [dout, q, k, v, *grads, *silu_of, *of_u, *given(call)], extent, launches)
+    run(memory, key, [dout, q, k, v, *grads, *silu_of, *of_u, *given_tensors(call)], extent, launches)
 
 
 def forward_launches(
@@ -264,20 +265,6 @@ def dq_tiles(jagged: bool, heads: int, rows: int, extent: Extent) -> int:
     return (total_rows // rows + extent.sequences) * heads
 
 
-def extent_of(q: Tensor, call: dict[str, Any]) -> Extent:
-    return Extent(q.shape[0], num_sequences(q, call), call["max_seq_len"])
-
-
-def per_sequence(call: dict[str, Any]) -> list[Tensor | None]:
-    return [call.get(name) for name in kernels().per_sequence._fields]
-
-
-def given(call: dict[str, Any]) -> list[Tensor | None]:
-    """The tensors among the keywords of a call."""
-    mask = call["attn_mask"]
-    return [*per_sequence(call), call["attn_bias"], *((None, None) if mask is None else mask[:2])]
-
-
 def dqdkdv(
     inputs: tuple, dq: Any, sums: Tensor, added: Tensor, outputs: tuple, constants: dict[str, Any], run: Run
 ) -> Launch:
@@ -357,14 +344,10 @@ def result_of(out: Tensor, silu_of: Tensor | None = None) -> Any:
     return kernels().result(out, out.stride(-3), silu_of)
 
 
-def num_sequences(q: Tensor, call: dict[str, Any]) -> int:
-    offsets = call["seq_offsets"]
-    return q.shape[0] if offsets is None else offsets.shape[0] - 1
-
-
 def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:
     """The kernels' arguments `each` to `min_full_attn_seq_len`, the same wherever the sequences lie."""
-    each = kernels().per_sequence(*(t if t is None else t.contiguous() for t in per_sequence(call)))
+    per_sequence = (call.get(name) for name in kernels().per_sequence._fields)
+    each = kernels().per_sequence(*(t if t is None else t.contiguous() for t in per_sequence))
     return each, call["max_seq_len"], batch_rows, q.shape[-2], *(call[name] for name in MASK_SIZES)
 
 

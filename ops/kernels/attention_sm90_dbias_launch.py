@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hstu_compile.ops.kernels import attention_sm90 as sm90
 from hstu_compile.ops.kernels import attention_triton as portable
+from hstu_compile.ops.kernels.attention_call import extent_of, given_tensors, num_sequences
 from hstu_compile.ops.kernels.attention_sm90_dbias import dbias_kernel
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
 from hstu_compile.ops.kernels.launch import Launch, Workspace, run
@@ -26,7 +27,7 @@ def dbias(
     """The gradient of call["attn_bias"], in its shape and dtype, contiguous; see attention_sm90.forward."""
     dtype = call["attn_bias"].dtype
     out = portable.empty_bias_grad(call["attn_bias"])
-    if q.numel() == 0 or sm90.num_sequences(q, call) == 0:
+    if q.numel() == 0 or num_sequences(q, call) == 0:
         return out.zero_().to(dtype)
     if out.numel():
         call["attn_bias"] = loadable_bias(call["attn_bias"])
@@ -35,7 +36,7 @@ def dbias(
             return dbias_launches(dout, q, k, v, out, workspace, sm90.processors(q.device), **call)
 
         key = ("dbias", dout.dtype, dout.shape[1:], dout.stride())
-        run(memory, key, [dout, q, k, v, out, *sm90.given(call)], sm90.extent_of(q, call), launches)
+        run(memory, key, [dout, q, k, v, out, *given_tensors(call)], extent_of(q, call), launches)
     return out.to(dtype)
 
 
@@ -48,7 +49,7 @@ def dbias_launches(
     lists = shared.sharers(Tile(TILE, TILE, 1, 1), counter)
     (dout, q, k, v), batch_rows = sm90.loadable(dout, q, k, v)
     bias, chunk = call["attn_bias"], min(CHUNK, sm90.filled_dim(q, v))
-    size = num_sequences, num_heads = sm90.num_sequences(q, call), q.shape[-2]
+    size = sequences, _ = num_sequences(q, call), q.shape[-2]
     tiles, most = lists["sharers_ptr"].shape
     arguments = (*(sm90.describe(x, TILE, chunk) for x in (q, k, dout, v)), describe_bias(bias))
     arguments += (
@@ -61,7 +62,7 @@ def dbias_launches(
         most,
         counter,
         tiles,
-        num_sequences,
+        sequences,
         *out.shape[:2],
         *sm90.batch_of(q, batch_rows, call),
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hstu_compile.ops.kernels.attention_call import extent_of, given_tensors
 from hstu_compile.ops.kernels.attention_tiles import Cells, Rows, Sequences
 from hstu_compile.ops.kernels.attention_triton_dbias import dbias_kernel, sharers_kernel
 from hstu_compile.ops.kernels.attention_triton_kernels import dk_dv_kernel, product_kernel
@@ -53,7 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
 
     memory: the same for all calls, and no others, whose launches differ at most in addresses and their extent.
     """
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if out.numel():
         arguments["attn_mask"] = readable_mask(arguments["attn_mask"])
 
@@ -63,7 +64,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, memory: dict[Hashable, Any] | No
             call.zero_tail(out)
             return call.launches
 
-        run(memory, "forward", [q, k, v, out, *given(arguments)], extent_of(q, arguments), launches)
+        run(memory, "forward", [q, k, v, out, *given_tensors(arguments)], extent_of(q, arguments), launches)
     return out
 
 
@@ -95,7 +96,7 @@ def backward(
         return call.launches
 
     key = (dout.dtype, dout.shape[1:], dout.stride(), dbias is None)
-    tensors = [dout, q, k, v, *grads, dbias, *given(arguments)]
+    tensors = [dout, q, k, v, *grads, dbias, *given_tensors(arguments)]
     run(memory, key, tensors, extent_of(q, arguments), launches)
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
 
@@ -135,23 +136,8 @@ def silu_backward(
 
     layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
     layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
-    tensors = [dout, q, k, v, *grads, *flat_grads, *flat_silu_of, *of_u, *given(arguments)]
+    tensors = [dout, q, k, v, *grads, *flat_grads, *flat_silu_of, *of_u, *given_tensors(arguments)]
     run(memory, (*layouts, *columns.items()), tensors, extent, launches)
-
-
-PER_SEQUENCE = ("seq_offsets", "seq_lengths", "num_targets", "num_contextuals")
-
-
-def given(arguments: dict[str, Any]) -> list[Tensor | None]:
-    """The tensors among the keywords of a call."""
-    mask = arguments["attn_mask"]
-    tensors = [arguments[name] for name in PER_SEQUENCE]
-    return [*tensors, arguments["attn_bias"], *((None, None) if mask is None else mask[:2])]
-
-
-def extent_of(q: Tensor, arguments: dict[str, Any]) -> Extent:
-    offsets = arguments["seq_offsets"]
-    return Extent(q.shape[0], q.shape[0] if offsets is None else offsets.shape[0] - 1, arguments["max_seq_len"])
 
 
 def readable_mask(mask: TiledMask | None) -> TiledMask | None:
@@ -190,7 +176,7 @@ class Call:
         self.q, self.k, self.v = q, k, v
         self.workspace = workspace
         self.launches: list[Launch] = []
-        self.num_sequences = q.shape[0] if seq_offsets is None else seq_offsets.shape[0] - 1
+        self.num_sequences = workspace.extent.sequences
         self.num_heads, attn_dim = q.shape[-2:]
         has_cells = attn_mask is not None or attn_bias is not None
         gpu = capability_and_memory(q.device)

@@ -12,10 +12,9 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import math
-import operator
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +79,7 @@ def shape_for(shape: Shape, extent: Extent) -> tuple[int, ...]:
 
 def offsets_of(pieces: list[tuple[Shape, int]], extent: Extent) -> list[int]:
     """Where each piece of a workspace begins, in bytes; at the end, how many there are in all."""
-    sizes = [math.prod(shape_for(shape, extent)) * itemsize for shape, itemsize in pieces]
+    sizes = [prod(shape_for(shape, extent)) * itemsize for shape, itemsize in pieces]
     return list(itertools.accumulate((-(-size // PIECE) * PIECE for size in sizes), initial=0))
 
 
@@ -88,6 +87,9 @@ class Place(NamedTuple):
     """Stands for an argument that changes: the address of a tensor, by its number, or a size, by its name."""
 
     key: Any
+
+
+PROGRAMS, STREAM = Place("programs"), Place("stream")
 
 
 class Base(NamedTuple):
@@ -120,52 +122,67 @@ class Relaunch:
         for x in descriptors:
             x.base = Base(x.base.key, self.now)
         self.in_c = inspect.getclosurevars(launcher.launch).nonlocals["launcher"] if self.bases else launcher.launch
-        self.nested = hasattr(launcher, "arg_annotations")  # from 3.7 on the kernel's arguments are one of C's
         self.before_c = copy.copy(launcher)
         self.before_c.launch = driver.wrap_handle_tensordesc(
             self._hear, compiled.src.signature, getattr(compiled.metadata, "tensordesc_meta", None)
         )
         self.encoded: dict[tuple[int, ...], list] = {}
-        said = list(enumerate(self._encode(pointers)))
-        places = [(i, x.key) for i, x in said if isinstance(x, Place)]
-        self.addresses = [(i, key) for i, key in places if isinstance(key, int)]
-        self.numbers = [(i, key) for i, key in places if isinstance(key, str)]
-        self.tuples = [(i, x) for i, x in said if type(x) is tuple and holds_place(x)]
+        self._encode(pointers)
+        self.function, self.numbers = written(self.in_c, self.now.said)
 
-    def resized(self, extent: Extent) -> tuple[int, list[tuple[int, int]]]:
-        """Programs, and the arguments that go by the extent, by where they stand."""
+    def resized(self, extent: Extent) -> tuple[int, list[int]]:
+        """Programs, and the arguments that go by the extent, in the order of `numbers`."""
         programs, sizes = (self.programs, {}) if self.sizes is None else self.sizes(extent)
-        return programs, [(i, sizes[name]) for i, name in self.numbers]
+        return programs, [sizes[name] for name in self.numbers]
 
-    def __call__(self, pointers: list[int], programs: int, numbers: list[tuple[int, int]], stream: int) -> None:
-        bases = tuple([pointers[i] for i in self.bases])
-        arguments = (self.encoded.get(bases) or self._encode(pointers)).copy()
-        for i, tensor in self.addresses:
-            arguments[i] = pointers[tensor]
-        for i, number in numbers:
-            arguments[i] = number
-        for i, items in self.tuples:
-            arguments[i] = filled(items, pointers)
-        if self.nested:
-            self.in_c(programs, 1, 1, stream, *self.head, arguments)
-        else:
-            self.in_c(programs, 1, 1, stream, *arguments)
+    def __call__(self, pointers: list[int], programs: int, numbers: list[int], stream: int) -> None:
+        encoded = self.encoded.get(tuple([pointers[i] for i in self.bases]))
+        if encoded is None:
+            encoded = self._encode(pointers)
+        self.function(pointers, encoded, programs, stream, *numbers)
 
     def _encode(self, pointers: list[int]) -> list:
-        """The arguments as they go to C, with descriptors for these addresses and places for the rest."""
+        """Objects that go to C, of which descriptors are for these addresses."""
         self.now.pointers = pointers
         kernel = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no hooks
-        self.before_c(1, 1, 1, 0, *kernel, *self.parameters)
-        arguments = list(self.now.said[4:])
-        if self.nested:
-            *self.head, arguments = arguments
+        self.before_c(PROGRAMS, 1, 1, STREAM, *kernel, *self.parameters)
         if len(self.encoded) >= MAX_KNOWN:
             self.encoded.clear()
-        self.encoded[tuple([pointers[i] for i in self.bases])] = arguments = list(arguments)
-        return arguments
+        objects = self.encoded[tuple([pointers[i] for i in self.bases])] = list(objects_in(self.now.said))
+        return objects
 
     def _hear(self, *said: Any) -> None:
         self.now.said = said
+
+
+def objects_in(x: Any) -> Iterator[Any]:
+    """All but places and what Python code can say."""
+    if type(x) in (tuple, list):
+        yield from itertools.chain.from_iterable(map(objects_in, x))
+    elif type(x) not in (Place, int, bool, type(None)):
+        yield x
+
+
+def written(launcher: Callable[..., None], said: tuple) -> tuple[Callable[..., None], list[str]]:
+    """launcher(*said) as a function, compiled: of addresses, objects, programs, stream and further numbers, by name."""
+    numbers: list[str] = []
+    objects = itertools.count()
+
+    def text(x: Any) -> str:
+        if type(x) in (tuple, list):
+            items = "".join(f"{text(item)}, " for item in x)
+            return f"({items})" if type(x) is tuple else f"[{items}]"
+        if type(x) is not Place:
+            return f"objects[{next(objects)}]" if list(objects_in(x)) else repr(x)
+        if isinstance(x.key, int):
+            return f"pointers[{x.key}]"
+        if x not in (PROGRAMS, STREAM) and x.key not in numbers:
+            numbers.append(x.key)
+        return f"number_{x.key}"
+
+    call = f"launcher{text(said)}"
+    names = ", ".join(f"number_{name}" for name in (PROGRAMS.key, STREAM.key, *numbers))
+    return eval(f"lambda pointers, objects, {names}: {call}", {"launcher": launcher}), numbers
 
 
 class Sized(NamedTuple):
@@ -174,7 +191,7 @@ class Sized(NamedTuple):
     extent: Extent | None
     offsets: list[int]  # of the pieces of the workspace
     workspace: int  # bytes
-    launches: list[tuple[Relaunch, int, list[tuple[int, int]]]]  # with programs and sizes, if there are programs
+    launches: list[tuple[Relaunch, int, list[int]]]  # with programs and numbers, if there are programs
 
 
 class Plan:
@@ -204,17 +221,6 @@ class Plan:
 
 def is_descriptor(x: Any) -> bool:
     return hasattr(x, "block_shape")
-
-
-def holds_place(x: Any) -> bool:
-    return any(map(holds_place, x)) if type(x) is tuple else isinstance(x, Place)
-
-
-def filled(items: tuple, pointers: list[int]) -> tuple:
-    """With addresses in their places, in tuples within too."""
-    return tuple(
-        [pointers[x.key] if type(x) is Place else filled(x, pointers) if type(x) is tuple else x for x in items]
-    )
 
 
 def with_places(launch: Launch, tensors: Sequence[Tensor | None], extent: Extent) -> list:
@@ -259,7 +265,9 @@ def run(
     """
     device = tensors[0].device
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    together = functools.reduce(operator.or_, pointers)
+    together = 0
+    for pointer in pointers:
+        together |= pointer
     if together % ALIGNMENT:
         key = key, *[pointer % ALIGNMENT == 0 for pointer in pointers]
     again = memory is not None and may_relaunch(extent)
