@@ -7,79 +7,31 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import compile_only
 import pytest
 import torch
 import triton
+from recorded_launches import EMPTY, counted, passed, recording, same_addresses_again, without_hooks
 from test_sm90_compiles import NOTHING, on_hopper
 
 from hstu_compile.ops.hstu_attention import PARAMETERS, attention_features
 from hstu_compile.ops.kernels import attention_sm90, attention_triton, mask_occupancy, table_grad
-from hstu_compile.ops.kernels import norm_gate_dropout as gate
-from hstu_compile.ops.kernels.launch import PIECE
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask
 from hstu_compile.ops.mask_tile_states import GRAIN, mask_tile_states_reference
-from hstu_compile.ops.norm_gate_dropout import _features as gate_features
-from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
 
 H = 2
-EMPTY = torch.empty
-passed: list[tuple] = []  # to C
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    pointer: int
-    shape: str
-
-
-class Utilities:
-    """Of Triton's driver."""
-
-    def fill_tma_descriptor(self, pointer: int, *shape: Any) -> Descriptor:
-        return Descriptor(pointer, str(shape))
-
-    fill_tma_descriptor_tiled = fill_tma_descriptor
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything up to the launcher in C is Triton's own."""
-    from triton.backends.nvidia import driver
-
-    def init_handles(self) -> None:
-        self.function = id(self)
-        self._run = run = object.__new__(driver.CudaLauncher)
-        descriptors = self.metadata.tensordesc_meta
-        run.launch = driver.wrap_handle_tensordesc(lambda *a: passed.append(a), self.src.signature, descriptors)
-        run.num_ctas, run.launch_cooperative_grid, run.launch_pdl, run.gsan_enabled = 1, False, False, False
-        run.global_scratch_size = run.profile_scratch_size = run.global_scratch_align = run.profile_scratch_align = 0
-        if not triton.__version__.startswith("3.6."):
-            run.arg_annotations, run.kernel_signature = [], b""
-
-    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", init_handles)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # that of CPU tensors
-    for module in (attention_sm90, gate):
-        monkeypatch.setattr(module, "processors", lambda device: 132)
-    with compile_only.target(90):
-        triton.runtime.driver.active.utils = Utilities()
-        yield
+    yield from recording(monkeypatch)
 
 
-def resolved(x: Any) -> Any:
-    """As C sees it; hooks, of which there are none, aside."""
-    if isinstance(x, (list, tuple)):
-        return tuple(map(resolved, x))
-    return x.data_ptr() if isinstance(x, torch.Tensor) else x
-
-
-def without_hooks(arguments: tuple) -> tuple:
-    for_hooks = (triton.knobs.HookChain, triton.compiler.compiler.LazyDict, type(None))
-    return tuple(x for x in resolved(arguments) if not isinstance(x, for_hooks))
+@pytest.fixture
+def same_addresses(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return same_addresses_again(monkeypatch)
 
 
 def inputs(
@@ -104,25 +56,6 @@ def both(
     needs_bias_grad = call["attn_bias"] is not None
     kernels.backward(dout, q, k, v, memory=memory, needs_bias_grad=needs_bias_grad, **call)
     return list(passed)
-
-
-@pytest.fixture
-def same_addresses(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Allocations come at the same addresses after each call of it; one of several pieces where the pieces would."""
-    pool, taken = EMPTY(1 << 26, dtype=torch.uint8), [0]
-
-    def from_pool(*size: Any, **keywords: Any) -> torch.Tensor:
-        shape = torch.Size(size if isinstance(size[0], int) else size[0])
-        start, count = taken[0], shape.numel() * keywords["dtype"].itemsize
-        taken[0] += -(-count // PIECE) * PIECE
-        return pool[start : start + count].view(keywords["dtype"]).view(shape)
-
-    def restart() -> None:
-        taken[0] = 0
-        monkeypatch.setattr(torch, "empty", from_pool)
-        monkeypatch.setattr(torch, "empty_like", lambda t, memory_format=None: from_pool(t.shape, dtype=t.dtype))
-
-    return restart
 
 
 STEPS = [[100, 37], [100, 37], [5, 260], [1, 1, 1], [129, 64, 7], [16] * 16, [5, 9]]
@@ -207,9 +140,12 @@ def test_c_gets_the_same_of_portable_kernels(
     assert aligned != unaligned
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "kernels, dim, counts",  # of launches: with dq, dk and dv in one kernel, and without
+    [(attention_sm90, 64, [3, 4]), *((attention_sm90, dim, [4]) for dim in (128, 256)), (attention_triton, 64, [7])],
+)
 def test_c_gets_the_same_for_a_packed_gradient(
-    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, dim: int
+    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, kernels: Any, dim: int, counts: list[int]
 ) -> None:
     monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", LONG)
     memory: dict = {}
@@ -218,29 +154,16 @@ def test_c_gets_the_same_for_a_packed_gradient(
     def launched(memory: dict | None, tensors: list[torch.Tensor], call: dict[str, Any]) -> list[tuple]:
         same_addresses()
         passed.clear()
-        attention_sm90.silu_backward(*tensors, columns=columns, memory=memory, **call)
+        kernels.silu_backward(*tensors, columns=columns, memory=memory, **call)
         return list(map(without_hooks, passed))
 
     for lengths in STEPS:
         (v, q, k, dout), call = inputs(lengths, dim)
         x, du, dx = (EMPTY(len(q), width * H * dim, dtype=torch.bfloat16) for width in (4, 1, 4))
         again, public = (launched(each, [dout, du, x, q, k, v, dx], call) for each in (memory, None))
-        in_one = dim == 64 and sum(lengths) // len(lengths) >= LONG
-        assert len(again) == 2 + (1 if in_one else 2)
         assert again == public
-    assert [len(plan.relaunches) for plan in memory.values()] == ([3, 4] if dim == 64 else [4])
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that are launched the public way from now on."""
-    names, run = [], triton.runtime.JITFunction.run
-
-    def count(self, *args: Any, **keywords: Any) -> Any:
-        names.append(self.__name__)
-        return run(self, *args, **keywords)
-
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", count)
-    return names
+        assert len(again) == counts[0 if sum(lengths) // len(lengths) >= LONG else -1]
+    assert [len(plan.relaunches) for plan in memory.values()] == counts
 
 
 def test_what_takes_the_public_way(recorded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,142 +278,6 @@ def test_the_kind_of_a_call() -> None:
         plane = {name: torch.ones(1, 1, 5, 5)}
         same = [features(y, y, y, **plane, seq_offsets=torch.tensor([0, 4, len(y)])) for y in (x, longer)]
         assert same[0] == same[1]
-
-
-WIDTH = 64
-# Affine shape (None: none), and what differs from a layer norm.
-GATES: dict[str, tuple[tuple[int, ...] | None, dict[str, Any]]] = {
-    "layer norm, dropout": ((WIDTH,), {"dropout_ratio": 0.2}),
-    "no affine": (None, {"activation": "silu"}),
-    "group norm, concat": ((4, 1), {"num_groups": 4, "concat_u": True, "concat_x": True}),
-    "rms norm of heads": ((16,), {"num_groups": 4, "rms": True, "dropout_ratio": 0.5}),
-}
-
-
-def gate_inputs(rows: int, variant: str, device: str = "cpu", shift: int = 0) -> tuple[list, dict[str, Any]]:
-    """dy, a, u, weight, bias, seed; u is a slice of a packed buffer."""
-    shape, change = GATES[variant]
-    call = {
-        "norm_eps": 1e-6,
-        "num_groups": 1,
-        "rms": False,
-        "activation": "none",
-        "gate_first": False,
-        "dropout_ratio": 0.0,
-    }
-    call |= {name: False for name in ("concat_u", "concat_x", "concat_norm")}
-    call |= {"out_dtype": torch.bfloat16, **change}
-    pieces = 1 + sum(call[name] for name in ("concat_u", "concat_x", "concat_norm"))
-    packed = torch.randn(rows * 4 * WIDTH + shift, device=device).bfloat16()[shift:].view(rows, 4 * WIDTH)
-    dy, a = (torch.randn(rows, n * WIDTH, device=device).bfloat16() for n in (pieces, 1))
-    affine = [None if shape is None else torch.randn(shape, device=device) for _ in range(2)]
-    seed = torch.tensor([2**62 + 5], device=device) if call["dropout_ratio"] else None
-    return [dy, a, packed[:, WIDTH : 2 * WIDTH], *affine, seed], call
-
-
-def gate_both(tensors: list, call: dict[str, Any], memory: dict | None) -> list[torch.Tensor]:
-    """The output and the gradients; in `passed`, what C gets."""
-    dy, *rest = tensors
-    passed.clear()
-    out = torch.empty(dy.shape, dtype=call["out_dtype"], device=dy.device)
-    gate.forward(*rest, out, memory=memory, **call)
-    return [out, *(t for t in gate.backward(*tensors, memory=memory, **call) if t is not None)]
-
-
-@pytest.mark.parametrize("variant", GATES)
-def test_c_gets_the_same_of_a_gate(recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    """Any number of rows is one kind, and one compiled kernel each; one where u is not aligned is another."""
-    kernels = 2 if GATES[variant][0] is None else 3
-    memory: dict = {}
-    functions = set()
-    for rows, shift in (*((rows, 0) for rows in (40, 40, 37, 1, 5000, 0, 64)), (40, 4), (40, 4), (37, 4)):
-        tensors, call = gate_inputs(rows, variant, shift=shift)
-        same_addresses()
-        gate_both(tensors, call, memory)
-        again = list(passed)
-        same_addresses()
-        gate_both(tensors, call, None)
-        assert len(again) == len(passed) == (kernels if rows else kernels - 2)
-        assert list(map(without_hooks, again)) == list(map(without_hooks, passed))
-        functions |= {arguments[4] for arguments in passed}
-    assert len(functions) == kernels + 2
-    assert [len(plan.relaunches) for plan in memory.values()] == [1, kernels - 1] * 2
-    names = counted(monkeypatch)
-    for shift in (0, 4):
-        gate_both(*gate_inputs(99, variant, shift=shift), memory)
-    assert not names, "no launch is Triton's"
-
-
-@pytest.mark.parametrize("change", ["dy", "u"])
-def test_copies_of_a_gate_take_the_public_way(recorded, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    memory: dict = {}
-    names = counted(monkeypatch)
-    for _ in range(3):
-        tensors, call = gate_inputs(40, "layer norm, dropout")
-        i = ["dy", "a", "u"].index(change)
-        tensors[i] = tensors[i].t().contiguous().t()
-        gate_both(tensors, call, memory)
-    assert names.count("backward_kernel") == names.count("sum_shares_kernel") == 3
-
-
-def test_no_tensor_of_a_gate_is_kept(recorded) -> None:
-    tensors, call = gate_inputs(40, "layer norm, dropout")
-    memory: dict = {}
-    for _ in range(3):
-        gate_both(tensors, call, memory)
-    alive = [weakref.ref(t) for t in tensors]
-    del tensors
-    passed.clear()
-    gc.collect()
-    assert all(memory.values()) and not any(ref() is not None for ref in alive)
-
-
-def test_the_kind_of_a_gate() -> None:
-    def kind(rows: int = 8, **change: Any) -> Any:
-        (_, a, u, weight, bias, seed), call = gate_inputs(rows, "layer norm, dropout")
-        given = {"a": a, "u": u, "weight": weight, "bias": bias, "seed": seed} | call | change
-        a, u, *others = (given.pop(name) for name in ("a", "u", "weight", "bias", "seed"))
-        return gate_features(a, u, tuple(others), tuple(given.values()))
-
-    x = torch.empty(8, WIDTH, dtype=torch.bfloat16)
-    assert kind() == kind(9)
-    others = [
-        kind(u=x),
-        kind(a=x.float()),
-        kind(a=x[:7]),
-        kind(a=x.view(8, 2, 32)),
-        kind(a=torch.empty(8, 2 * WIDTH, dtype=torch.bfloat16)[:, WIDTH:]),
-        kind(weight=None),
-        kind(bias=torch.empty(1, WIDTH)),
-        kind(weight=torch.empty(WIDTH, 2)[:, 0]),
-        kind(weight=torch.empty(WIDTH).half()),
-        kind(seed=None),
-        kind(seed=torch.tensor([1, 2])),
-        kind(norm_eps=1e-5),
-        kind(dropout_ratio=0.3),
-        kind(activation="silu"),
-        kind(out_dtype=torch.float32),
-    ]
-    assert len({kind(), *others}) == 1 + len(others)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("variant", GATES)
-def test_results_of_a_gate_are_those_of_the_public_way(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    """The op, for any number of rows, with and without aligned addresses."""
-    for rows, shift in ((40, 0), (40, 0), (37, 0), (5000, 0), (1, 0), (64, 4), (300, 0)):
-        tensors, call = gate_inputs(rows, variant, "cuda", shift)
-        dy, *leaves, seed = tensors
-        leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
-        with monkeypatch.context() as patch:
-            names = counted(patch)
-            out = norm_gate_dropout(*leaves, seed=seed, **call)
-            ours = [out, *torch.autograd.grad(out, [t for t in leaves if t is not None], dy)]
-        assert not names or rows in (40, 64)  # the first of their kind, unaligned
-        with torch.no_grad():
-            public = gate_both(tensors, call, None)
-        for one, other in zip(ours, public, strict=True):
-            assert torch.equal(one, other) and not one.isnan().any()
 
 
 @on_hopper
