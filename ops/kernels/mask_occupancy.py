@@ -101,7 +101,7 @@ def tile_states(mask: Tensor, grain: int, memory: dict[Hashable, Any] | None = N
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     B, H, N, _ = mask.shape
-    tiles, strips = triton.cdiv(N, grain), triton.cdiv(N, STRIP)
+    tiles, strips = -(-N // grain), -(-N // STRIP)
     states = torch.empty((B, H, tiles, tiles), dtype=torch.uint8, device=mask.device)
 
     def launches(_: Workspace) -> list[Launch]:

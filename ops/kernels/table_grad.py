@@ -70,10 +70,10 @@ def table_grad(grad: Tensor, index: Tensor, table_size: int, memory: dict[Hashab
     if channels > MAX_THREADS:
         return torch.cat([table_grad(part, index, table_size) for part in grad.split(MAX_THREADS, -1)], -1)
     grad, index = grad.contiguous(), index.contiguous()
-    padded = triton.next_power_of_2(channels)
+    padded = 1 << max(channels - 1, 0).bit_length()
     threads = max(32, padded)
-    slices = triton.cdiv(table_size, SLICE)
-    slice_rows = triton.cdiv(table_size, max(slices, 1))
+    slices = -(-table_size // SLICE)
+    slice_rows = -(-table_size // max(slices, 1))
     sizes = functools.partial(lookup_sizes, threads // padded, slices, slices * slice_rows * threads)
     extent = Extent(index.numel())
     programs, numbers = sizes(extent)
@@ -95,7 +95,7 @@ def table_grad(grad: Tensor, index: Tensor, table_size: int, memory: dict[Hashab
 
 def lookup_sizes(a_step: int, slices: int, partials: int, extent: Extent) -> tuple[int, dict[str, int]]:
     """a_step: lookups of a program at a time, UNROLL of them in flight; partials: sums of a program, of all slices."""
-    steps = triton.cdiv(extent.rows, UNROLL * a_step)
+    steps = -(-extent.rows // (UNROLL * a_step))
     affordable = PARTIAL_BYTES // (4 * max(partials, 1))
     programs = max(1, min(steps, affordable, PROGRAMS // max(slices, 1)))
-    return programs * slices, {"n": extent.rows, "steps": triton.cdiv(steps, programs)}
+    return programs * slices, {"n": extent.rows, "steps": -(-steps // programs)}
