@@ -1,7 +1,8 @@
 """Triton launches, and how the same launch is done for other tensors without Triton's search for the compiled kernel.
 
 `Launch` calls a kernel the public way. `Relaunch` has Triton say what it hands to its launcher in C, and from then on
-hands over the same with other addresses, sizes, programs and stream. That takes private parts of
+hands over the same with other addresses, sizes, programs and stream; a `Plan` is those of one call, and holds what they
+write besides results in one allocation. That takes private parts of
 `triton.backends.nvidia.driver`, read in triton 3.6, 3.7 and 3.9: `CudaLauncher.launch` gets the grid (3 numbers), the
 stream, and more; `wrap_handle_tensordesc` puts what encodes descriptors before the `launcher` in C, which its closure
 holds. Where they are not as they were, the public way is left.
@@ -55,7 +56,7 @@ class Launch(NamedTuple):
         return (self.programs, {}) if self.sizes is None else self.sizes(extent)
 
 
-Shape = tuple[int, ...] | Callable[[Extent], tuple[int, ...]]  # Or what it is for an extent
+Shape = tuple[int, ...] | Callable[[Extent], tuple[int, ...]]  # or what it is for an extent
 
 
 class Workspace:
@@ -121,14 +122,14 @@ class Relaunch:
         self.bases = [x.base.key for x in descriptors]
         for x in descriptors:
             x.base = Base(x.base.key, self.now)
-        self.in_c = inspect.getclosurevars(launcher.launch).nonlocals["launcher"] if self.bases else launcher.launch
+        in_c = inspect.getclosurevars(launcher.launch).nonlocals["launcher"] if self.bases else launcher.launch
         self.before_c = copy.copy(launcher)
         self.before_c.launch = driver.wrap_handle_tensordesc(
             self._hear, compiled.src.signature, getattr(compiled.metadata, "tensordesc_meta", None)
         )
         self.encoded: dict[tuple[int, ...], list] = {}
         self._encode(pointers)
-        self.function, self.numbers = written(self.in_c, self.now.said)
+        self.function, self.numbers = written(in_c, self.now.said)
 
     def resized(self, extent: Extent) -> tuple[int, list[int]]:
         """Programs, and the arguments that go by the extent, in the order of `numbers`."""
@@ -155,11 +156,14 @@ class Relaunch:
         self.now.said = said
 
 
+LITERALS = (int, bool, type(None))
+
+
 def objects_in(x: Any) -> Iterator[Any]:
-    """All but places and what Python code can say."""
+    """All but places and literals."""
     if type(x) in (tuple, list):
         yield from itertools.chain.from_iterable(map(objects_in, x))
-    elif type(x) not in (Place, int, bool, type(None)):
+    elif type(x) not in (Place, *LITERALS):
         yield x
 
 
@@ -173,7 +177,7 @@ def written(launcher: Callable[..., None], said: tuple) -> tuple[Callable[..., N
             items = "".join(f"{text(item)}, " for item in x)
             return f"({items})" if type(x) is tuple else f"[{items}]"
         if type(x) is not Place:
-            return f"objects[{next(objects)}]" if list(objects_in(x)) else repr(x)
+            return repr(x) if type(x) in LITERALS else f"objects[{next(objects)}]"
         if isinstance(x.key, int):
             return f"pointers[{x.key}]"
         if x not in (PROGRAMS, STREAM) and x.key not in numbers:
