@@ -152,19 +152,22 @@ def attention_features(q: Tensor, k: Tensor, v: Tensor, args: tuple) -> Hashable
     """All that checks ask for, kernels are chosen by and launches differ in, but for addresses and their alignment and,
     jagged, but for T, and without bias or mask tensor B and N (of which it matters that all arguments agree)."""
     seq_offsets, attn_mask, attn_bias, max_seq_len = args[0], args[4], args[5], args[7]
-    shape = q.shape
-    tokens, batch = shape[:1], 0
+    shape, batch = q.shape, 0
     sizes: tuple = (shape, k.shape, v.shape, max_seq_len)
     if seq_offsets is not None:
-        sizes = (tokens == k.shape[:1] == v.shape[:1], tokens > (1,), max_seq_len)
+        tokens = shape[:1]
+        of_k, of_v = (None if x == shape else (x[:1] == tokens, x[1:]) for x in (k.shape, v.shape))
+        sizes = (shape[1:], of_k, of_v, tokens > (1,))
         if attn_bias is None and attn_mask is None:
             batch = seq_offsets.numel()
-            sizes = (*sizes[:2], batch > 0, max_seq_len >= 0)
+            sizes = (*sizes, batch > 0, max_seq_len >= 0)
+        else:
+            sizes = (*sizes, max_seq_len)
     per_sequence = [None if t is None else (t.dtype, t.get_device(), t.numel() - batch, t.stride()) for t in args[:4]]
     cells = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride(), t.requires_grad) for t in args[4:7]]
     return (
-        sizes, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), shape[1:], k.shape[1:],
-        v.shape[1:], q.stride(), k.stride(), v.stride(), *per_sequence, *cells, *args[8:], kernel_table.forced,
+        sizes, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), q.stride(), k.stride(),
+        v.stride(), *per_sequence, *cells, *args[8:], kernel_table.forced,
     )  # fmt: skip
 
 
