@@ -72,8 +72,8 @@ def run(gm: fx.GraphModule, pools: Sequence[Tensor], max_pages: int) -> Paged:
             where = (inputs["page_table"], inputs["cached_lengths"])
             selection.call(node, WAIT, (pool, layer))
             # What is full never changes, for it may be being copied.
-            sequences = (targets, inputs["valid_lengths"])
-            selection.call(node, APPEND, (pool, k, v, inputs["row_offsets"], *where, *sequences))
+            lengths = (targets, inputs["valid_lengths"])
+            selection.call(node, APPEND, (pool, k, v, inputs["row_offsets"], *where, *lengths))
             # What the caller gives as the longest length may be another at every call: here it is what pages can hold.
             longest = max_pages * pools[0].shape[2]
             mask = [selection.whole(x) if isinstance(x, fx.Node) else x for x in list(a.values())[11:]]

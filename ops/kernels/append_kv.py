@@ -113,8 +113,12 @@ def append(
     if k.numel() and pool.numel():
         extent = Extent(k.shape[0], seq_offsets.shape[0] - 1)
         tensors = (pool.flatten(0, 2), k, v, seq_offsets, page_table, cached_lengths, num_targets, valid_lengths)
-        sizes = pool.shape[0], pool.shape[2], processors(pool.device) if pool.is_cuda else 0
-        run(memory, "append", tensors, extent, lambda _: [append_launch(*tensors, extent, *sizes)])
+
+        def launches(_: Any) -> list[Launch]:
+            sms = processors(pool.device) if pool.is_cuda else 0
+            return [append_launch(*tensors, extent, pool.shape[0], pool.shape[2], sms)]
+
+        run(memory, "append", tensors, extent, launches)
 
 
 def append_launch(
