@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from torch import Tensor
 
 from hstu_compile.kv_cache.gpu import Allocation
@@ -49,7 +50,7 @@ class Batch:
         self._load = load
         self._deadline = time.monotonic() + cache.load_timeout
         self._waited: set[int] = set()
-        cache.publish(allocation.pages, cached)
+        self._is_published = False
 
     @property
     def is_open(self) -> bool:
@@ -58,6 +59,19 @@ class Batch:
     def pool(self, layer: int) -> Tensor:
         """[num_pages, 2, page_size, H, D] of this layer."""
         return self._cache.gpu.pools[layer]
+
+    def publish(self) -> None:
+        """Write `page_table` and `cached_lengths`, as `begin` has done."""
+        self._is_published = True
+        self._cache.publish(self)
+
+    def fill(self, page_table: np.ndarray, cached_lengths: np.ndarray) -> None:
+        """Write what these two are to host memory, for as many users as there are or more."""
+        users = len(self.users)
+        for row, pages in zip(page_table, self._allocation.pages, strict=False):
+            row[: len(pages)], row[len(pages) :] = pages, -1
+        cached_lengths[:users] = self.cached
+        page_table[users:], cached_lengths[users:] = -1, 0
 
     def wait_layer(self, layer: int) -> None:
         """Have the current stream wait until what is cached of this layer is in the pages.
@@ -105,7 +119,8 @@ class Batch:
             self._cache.host.fail(user.key, user.known if user.is_wrong else None)
         # Copies of pages that are now computed may be under way: they land before, not after.
         self._cache.streams.compute.wait(self._cache.streams.onload.record())
-        self._cache.publish(self._allocation.pages, self.cached)
+        if self._is_published:
+            self.publish()
 
     def commit(self) -> None:
         """The step's tokens are valid from here on; pages that became full are copied to the host.

@@ -1,6 +1,5 @@
 """The cache that serving uses: pages on the GPU, and the host behind them."""
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -52,13 +51,12 @@ class KVCache:
         self.max_seq_len = max_seq_len
         self.load_timeout = load_timeout
         self.streams = streams or Streams.on(gpu.device)
-        self._max_pages = gpu.layout.pages(max_seq_len)
+        self.max_pages = gpu.layout.pages(max_seq_len)  # of a user
         self._table_begins = -(-max_batch_size // ALIGNMENT) * ALIGNMENT
-        size = self._table_begins + max_batch_size * self._max_pages
+        size = self._table_begins + max_batch_size * self.max_pages
         with torch.inference_mode(False):
-            self._plan = torch.zeros(size, dtype=torch.int32, device=gpu.device)
-        self.cached_lengths: Tensor = self._plan[:max_batch_size]
-        self.page_table: Tensor = self._plan[self._table_begins :].view(max_batch_size, self._max_pages)
+            self._tables = torch.zeros(size, dtype=torch.int32, device=gpu.device)
+        self.page_table, self.cached_lengths = self._views(self._tables)
         self._batch: Batch | None = None
 
     def begin(
@@ -77,12 +75,27 @@ class KVCache:
             CapacityError: before anything has changed: the batch needs more pages than can be freed.
             RuntimeError: the batch before is still open.
         """
+        batch = self.plan(users, lengths, version=version, epochs=epochs)
+        try:
+            batch.publish()
+        except BaseException:
+            batch.abort()
+            raise
+        return batch
+
+    def plan(
+        self,
+        users: Sequence[int | str],
+        lengths: Sequence[int],
+        *,
+        version: int | str,
+        epochs: Sequence[int | str] | None = None,
+    ) -> Batch:
+        """Like `begin`, for kernels that read tables of the caller's own: see `Batch.fill`."""
         if self._batch is not None and self._batch.is_open:
             raise RuntimeError("kv_cache: begin() while a batch is open, expected commit() or abort() of it")
         keys = self._keys(users, lengths, version, [0] * len(users) if epochs is None else epochs)
-        if self.host is not None:
-            self.host.poll()
-        stored = [self._stored(key, length) for key, length in zip(keys, lengths, strict=True)]
+        stored = self._stored(keys, lengths)
         allocation = self.gpu.allocate(keys, lengths)
         cached, tiers, load = list(allocation.cached), list[Tier](), None
         try:
@@ -103,18 +116,16 @@ class KVCache:
         self._count(tiers, allocation.cached)
         return self._batch
 
-    def publish(self, pages: Sequence[array], cached: Sequence[int]) -> None:
-        """Write what the kernels read: the page table and what is cached, in the order of the computing stream."""
-        plan = array("i", cached)
-        plan.extend([0] * (self._table_begins - len(cached)))
-        for row in pages:
-            plan.extend(row)
-            plan.extend(array("i", [-1]) * (self._max_pages - len(row)))
-        plan.extend(array("i", [-1]) * (self._max_pages * (self.max_batch_size - len(pages))))
-        host = torch.frombuffer(plan, dtype=torch.int32)
-        if self._plan.is_cuda:
-            host = host.pin_memory()
-        self.streams.compute.run(lambda: self._plan.copy_(host, non_blocking=True))
+    def publish(self, batch: Batch) -> None:
+        """Write what the kernels of a batch read, in the order of the computing stream."""
+        host = torch.empty_like(self._tables, device="cpu", pin_memory=self._tables.is_cuda)
+        batch.fill(*(x.numpy() for x in self._views(host)))
+        self.streams.compute.run(lambda: self._tables.copy_(host, non_blocking=True))
+
+    def _views(self, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """page_table and cached_lengths."""
+        table = tables[self._table_begins :].view(self.max_batch_size, self.max_pages)
+        return table, tables[: self.max_batch_size]
 
     @property
     def counters(self) -> dict[str, TierCounters]:
@@ -144,21 +155,25 @@ class KVCache:
                 )
         keys = [Key(user, version, epoch) for user, epoch in zip(users, epochs, strict=True)]
         for key in keys:
-            for name, value in key._asdict().items():
+            for name, value in zip(Key._fields, key, strict=True):
                 if not isinstance(value, (int, str)):
                     raise ValueError(f"kv_cache: {name} is {value!r}, expected an int or a string")
         return keys
 
-    def _stored(self, key: Key, length: int) -> int:
-        """Pages of a user that the host can load, if the GPU has none."""
-        if self.host is None or self.gpu.lookup(key):
-            return 0
-        stored = self.host.lookup(key)
-        if (tokens := stored * self.gpu.layout.page_size) > length:
-            raise ValueError(
-                f"kv_cache: the length of user {key.user!r} is {length}, expected at least the {tokens} tokens that "
-                f"are stored: a history that changed is another epoch than {key.epoch!r}"
-            )
+    def _stored(self, keys: Sequence[Key], lengths: Sequence[int]) -> list[int]:
+        """Pages of each user that the host can load, where the GPU has none."""
+        stored = [0] * len(keys)
+        missing = [] if self.host is None else [b for b, key in enumerate(keys) if not self.gpu.lookup(key)]
+        if self.host is None or not missing:
+            return stored
+        self.host.poll()
+        for b in missing:
+            key, stored[b] = keys[b], self.host.lookup(keys[b])
+            if (tokens := stored[b] * self.gpu.layout.page_size) > lengths[b]:
+                raise ValueError(
+                    f"kv_cache: the length of user {key.user!r} is {lengths[b]}, expected at least the {tokens} tokens "
+                    f"that are stored: a history that changed is another epoch than {key.epoch!r}"
+                )
         return stored
 
     def _count(self, tiers: Sequence[Tier], cached: Sequence[int]) -> None:

@@ -120,15 +120,16 @@ class GpuKVCacheManager:
                 negative or below what is cached.
             CapacityError: before anything has changed: not so many pages can be had.
         """
-        self._check(keys, lengths)
-        histories = [self._histories.get(key) for key in keys]
+        histories = self._check(keys, lengths)
         owned = [history.pages if history is not None else array("i") for history in histories]
         needed = [self.layout.pages(length) - len(pages) for length, pages in zip(lengths, owned, strict=True)]
-        self._make_sure_of(sum(needed), keys, sum(map(len, owned)))
+        total = sum(needed)
+        if total > len(self._free):
+            self._make_sure_of(total, keys, sum(map(len, owned)))
         held = [key for key, history in zip(keys, histories, strict=True) if history is not None]
         for key in held:
             self.hold(key)
-        while len(self._free) < sum(needed):
+        while len(self._free) < total:
             self._evict_oldest()
         new = [self._take(count) for count in needed]
         self._open.update(keys)
@@ -151,6 +152,7 @@ class GpuKVCacheManager:
             history.length = length
             self._owned += len(new)
         self._in_flight.add(until, lambda: self._release_all(allocation.held))
+        self.poll()
 
     def abort(self, allocation: Allocation, until: Event) -> None:
         """Every user is as before; the new pages are free, and others' pages evictable, from `until` on."""
@@ -173,8 +175,10 @@ class GpuKVCacheManager:
         while self._in_flight.wait_for_oldest():
             pass
 
-    def _check(self, keys: Sequence[Key], lengths: Sequence[int]) -> None:
+    def _check(self, keys: Sequence[Key], lengths: Sequence[int]) -> list[_History | None]:
+        """What is known of each, once the arguments are right."""
         seen: set[Key] = set()
+        found = []
         for key, length in zip(keys, lengths, strict=True):
             if key in seen:
                 raise ValueError(f"kv_cache: user {key.user!r} is twice in the batch, expected each once")
@@ -183,11 +187,14 @@ class GpuKVCacheManager:
                 raise ValueError(f"kv_cache: user {key.user!r} is in a batch that is open, expected commit or abort")
             if length < 0:
                 raise ValueError(f"kv_cache: the length of user {key.user!r} is {length}, expected at least 0")
-            if length < self.lookup(key):
+            history = self._histories.get(key)
+            if history is not None and length < history.length:
                 raise ValueError(
-                    f"kv_cache: the length of user {key.user!r} is {length}, expected at least the {self.lookup(key)} "
+                    f"kv_cache: the length of user {key.user!r} is {length}, expected at least the {history.length} "
                     f"tokens that are cached: a history that changed is another epoch than {key.epoch!r}"
                 )
+            found.append(history)
+        return found
 
     def _make_sure_of(self, needed: int, keys: Sequence[Key], owned: int) -> None:
         """Wait, if need be, until so many pages can be had without evicting one of these users."""
