@@ -124,7 +124,7 @@ def step_program(engine: Engine, *args: Any, **kwargs: Any) -> ExportedProgram:
 def _example(step: Step, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Pools of any number of pages, and a plan, of which only the sizes matter."""
     offsets = step.offsets(inputs)
-    tokens, batch = int(offsets[-1]), len(offsets) - 1
+    tokens, batch = offsets[-1], len(offsets) - 1
     sizes = (tokens + 1, batch + 1, batch, batch, batch)
     nodes = placeholders(step.graph)[-len(sizes) :]
     plan = [

@@ -1,10 +1,10 @@
 """Compute some nodes of a graph on the CPU, from values of others."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hstu_compile.passes.graph import attribute
 
@@ -21,35 +21,40 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
 
 
 class Evaluation:
-    """Computes `nodes`, as often as is wanted, from values of `given`: of every placeholder that is needed."""
+    """Computes `nodes`, as often as is wanted, from values of `given`: of every placeholder that is needed.
+
+    It is a graph of its own, as straight Python: a request waits for it.
+    """
 
     def __init__(self, nodes: Iterable[fx.Node], given: Iterable[fx.Node]) -> None:
-        """`reads` are those of `given` that matter."""
-        self._nodes, given = list(nodes), set(given)
-        needed = ancestors(self._nodes, given)
-        self.reads = needed & given
-        needed -= given
-        self._order = [node for node in self._nodes[0].graph.nodes if node in needed] if needed else []
+        """`reads` are those of `given` that matter, in their order."""
+        nodes, known = list(nodes), dict.fromkeys(given)
+        needed = ancestors(nodes, known)
+        self.reads = [node for node in known if node in needed]
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(node.name) for node in self.reads}
+        for node in nodes[0].graph.nodes if nodes else ():
+            if node in needed and node not in copies:
+                copies[node] = _on_cpu(graph.node_copy(node, copies.__getitem__), node)
+        graph.output([copies[node] for node in nodes])
+        root = nodes[0].graph.owning_module if nodes else None
+        self._compute = fx.GraphModule(root or nn.Module(), graph).forward
 
-    def __call__(self, given: Mapping[fx.Node, Any]) -> list[Any]:
-        known = dict(given)
-        with torch.no_grad():
-            for node in self._order:
-                known[node] = _value(node, known)
-        return [known[node] for node in self._nodes]
+    def __call__(self, given: Sequence[Any]) -> list[Any]:
+        """given: of `reads`."""
+        return self._compute(*given)
 
 
 def evaluate(nodes: Iterable[fx.Node], given: Mapping[fx.Node, Any]) -> list[Any]:
     """The values of nodes, once."""
-    return Evaluation(nodes, given)(given)
+    evaluation = Evaluation(nodes, given)
+    with torch.no_grad():
+        return evaluation([given[node] for node in evaluation.reads])
 
 
-def _value(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        found = attribute(node)
-        return found.cpu() if isinstance(found, Tensor) else found
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-    if "device" in kwargs:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+def _on_cpu(node: fx.Node, original: fx.Node) -> fx.Node:
+    if node.op == "get_attr" and isinstance(attribute(original), Tensor):
+        return node.graph.call_method("cpu", (node,))
+    if "device" in node.kwargs:
+        node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
+    return node

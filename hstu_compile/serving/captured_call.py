@@ -33,22 +33,23 @@ class CapturedCall:
 
     graph: fx.GraphModule
     report: Report
-    sources: dict[str, CodeType]  # of each input: an expression in L["args"] and L["kwargs"]
+    sources: dict[str, str]  # of each input: an expression in L["args"] and L["kwargs"]
     outputs: Callable[[Sequence[Any]], Any]  # what the model returns, of the graph's outputs
     own: list[tuple[CodeType, Tensor]]  # the model's tensors: an expression in L["model"], and what it gave
     assumed: list[tuple[Tensor, Content]]  # tensors of the model that must hold what was read of them
 
+    def __post_init__(self) -> None:
+        # Dynamo's own expressions, as one function.
+        self._inputs = eval(f"lambda L: [{', '.join(self.sources.values())}]")  # noqa: S307
+
     @property
     def names(self) -> dict[str, str]:
         """Each input in the caller's terms: args[3]."""
-        return {
-            name: source.co_filename.removeprefix("L['").replace("']", "", 1) for name, source in self.sources.items()
-        }
+        return {name: source.removeprefix("L['").replace("']", "", 1) for name, source in self.sources.items()}
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs in a call with these arguments."""
-        scope = {"L": {"args": args, "kwargs": kwargs}}
-        return [eval(source, scope) for source in self.sources.values()]  # noqa: S307  Dynamo's own expressions
+        return self._inputs({"args": args, "kwargs": kwargs})
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model has the same tensors as when it was captured, and in them what was read."""
@@ -113,16 +114,16 @@ def capture_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _bind(
     captured: fx.GraphModule, gm: fx.GraphModule, model: nn.Module
-) -> tuple[dict[str, CodeType], list[tuple[CodeType, Tensor]]]:
+) -> tuple[dict[str, str], list[tuple[CodeType, Tensor]]]:
     """Make attributes of what belongs to the model; where the other inputs come from, and these."""
     sources, belongings = {}, []
     for old, new in zip(placeholders(gm), placeholders(captured), strict=True):
         name: Any = old._dynamo_source.name  # type: ignore[attr-defined]
         text = name() if callable(name) else name  # torch 2.11, and later a property
-        code = compile(text, text, "eval")
         if "L['args']" in text or "L['kwargs']" in text:
-            sources[new.name] = code
+            sources[new.name] = text
             continue
+        code = compile(text, text, "eval")
         own = eval(code, {"L": {"model": model}})  # noqa: S307
         if not isinstance(own, Tensor):
             raise RuntimeError(f"serve: the model reads {text}, expected its arguments, parameters and buffers only")

@@ -5,18 +5,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hstu_compile.kv_cache import KVCache
 from hstu_compile.ops import waiting
+from hstu_compile.serving.plan import Plan
 from hstu_compile.serving.staging import Staging
 from hstu_compile.serving.step import Request, Step
-
-if TYPE_CHECKING:
-    from hstu_compile.serving.engine import Plan
 
 log = logging.getLogger("hstu_compile")
 
@@ -87,7 +85,8 @@ class _Recorded:
     by_layers: Recording | None  # where there is a host to load from
     inputs: list[Any]  # the model's, tensors with addresses of their own
     staged: list[int]  # which of them go with the staging
-    staging: Staging  # of these, and of rows, row_offsets and cached_lengths
+    others: list[int]  # of the tensors among them
+    staging: Staging  # of these, and of a plan
     seconds: float
 
 
@@ -106,16 +105,17 @@ class CudaGraphs:
         max_seq_len: int,
         cache: KVCache,
     ) -> None:
-        self._step, self._launch, self._sizes, self._cache = step, launch, list(sizes), cache
+        self._step, self._launch, self._cache = step, launch, cache
+        self._sizes = sorted(sizes, key=lambda size: (size[1], size[0]))
         self._max_seq_len = max_seq_len
         self._recorded: dict[Size, _Recorded | str] = {}
         self._pool = torch.cuda.graph_pool_handle() if cache.gpu.device.type == "cuda" else None
         self.replays = self.launches = 0
 
-    def size(self, request: Request, plan: "Plan") -> Size | None:
+    def size(self, request: Request, plan: Plan) -> Size | None:
         """The smallest size that holds a request; None where it is to be launched."""
-        fitting = [s for s in self._sizes if s[0] >= len(plan.cached) and s[1] >= max(len(plan.rows), 2)]
-        found = min(fitting, key=lambda s: (s[1], s[0]), default=None)
+        sequences, rows = plan.num_sequences, max(len(plan.rows), 2)
+        found = next((size for size in self._sizes if size[0] >= sequences and size[1] >= rows), None)
         if found is not None:
             if found not in self._recorded:
                 self._recorded[found] = self._record(found, request, plan)
@@ -127,7 +127,7 @@ class CudaGraphs:
         return found
 
     def replay(
-        self, size: Size, request: Request, plan: "Plan", wait: Callable[[int], None] | None = None
+        self, size: Size, request: Request, plan: Plan, wait: Callable[[int], None] | None = None
     ) -> Sequence[Any]:
         """The outputs of the size's graphs; the next replay overwrites them.
 
@@ -137,17 +137,16 @@ class CudaGraphs:
         recorded = self._recorded[size]
         assert isinstance(recorded, _Recorded)
         padding, tokens = self._step.padding, size[0] * self._max_seq_len
-        rooms = recorded.staging.rooms()
-        plan.fill(rooms[len(recorded.staged) :])
-        on_host = dict(zip(recorded.staged, rooms, strict=False))
-        rest = []
-        for i, given in enumerate(request.inputs):
-            if i in on_host and not given.is_cuda:
-                padding.fill(i, on_host[i], given, tokens)
-            elif isinstance(given, Tensor):
-                rest.append(i)
+        *rooms, _, _, _, _, _ = arrays = recorded.staging.rooms()
+        on_device = recorded.others
+        for i, room in zip(recorded.staged, rooms, strict=True):
+            if request.inputs[i].is_cuda:
+                on_device = [*on_device, i]
+            else:
+                padding.fill(i, room, request.inputs[i], tokens)
+        plan.fill(arrays[len(rooms) :])
         recorded.staging.send()
-        for i in rest:
+        for i in on_device:
             padding.fill(i, recorded.inputs[i], request.inputs[i], tokens)
         recording = recorded.whole
         if wait is not None:
@@ -156,7 +155,7 @@ class CudaGraphs:
         recording.replay(wait)
         return recording.outputs
 
-    def _record(self, size: Size, request: Request, plan: "Plan") -> _Recorded | str:
+    def _record(self, size: Size, request: Request, plan: Plan) -> _Recorded | str:
         """Graphs of no new rows: recording computes, and writes nowhere."""
         begin, device = time.perf_counter(), self._step.device
         users, tokens = size
@@ -168,16 +167,16 @@ class CudaGraphs:
         staged = [
             i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_cuda and x.nbytes <= STAGED_BYTES
         ]
-        blank_plan = [x.zero_() for x in plan.tensors(tokens, sequences, self._step)]
+        others = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and i not in staged]
+        blank_plan = [x.zero_() for x in plan.tensors(tokens, sequences, self._step, self._cache.max_pages)]
         staging = Staging([*(inputs[i] for i in staged), *blank_plan], device)
         for i, x in zip(staged, staging.tensors, strict=False):
             inputs[i] = x
         inputs = [x.to(device) if isinstance(x, Tensor) else x for x in inputs]
-        rows, begins, cached = staging.tensors[len(staged) :]
-        table, valid = self._cache.page_table[:sequences], self._cache.cached_lengths[:sequences]
+        planned = staging.tensors[len(staged) :]
 
         def launch() -> Sequence[Any]:
-            return self._launch(*inputs, rows, begins, table, cached, valid)
+            return self._launch(*inputs, *planned)
 
         try:
             whole = record(launch, self._pool)
@@ -185,7 +184,7 @@ class CudaGraphs:
         except RuntimeError as error:
             log.exception("hstu_compile: a CUDA graph could not be recorded, requests are launched")
             return f"{type(error).__name__}: {error}"
-        return _Recorded(whole, by_layers, inputs, staged, staging, time.perf_counter() - begin)
+        return _Recorded(whole, by_layers, inputs, staged, others, staging, time.perf_counter() - begin)
 
     def words(self) -> list[str]:
         lines = [f"CUDA graphs: {self.replays} requests replayed, {self.launches} launched"]

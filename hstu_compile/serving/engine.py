@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from hstu_compile.kv_cache import (
 from hstu_compile.ops import waiting
 from hstu_compile.serving import cuda_graphs
 from hstu_compile.serving.captured_call import capture_call, sizes_apart
+from hstu_compile.serving.plan import Plan
 from hstu_compile.serving.step import OneToken, Request, Step
 
 User = int | str
@@ -94,8 +94,7 @@ class Engine:
             request = self._step.prepare(args, kwargs)
             self._check(users, request)
             epochs = [self._epochs[user] for user in users]
-            begin = self._cache.begin(users, request.histories.tolist(), version=self.version, epochs=epochs)
-            with begin as batch:
+            with self._cache.plan(users, request.histories, version=self.version, epochs=epochs) as batch:
                 while True:
                     try:
                         answer = self._compute(request, batch)
@@ -165,8 +164,7 @@ class Engine:
         gpu = GpuKVCacheManager(layout, self._num_pages or 4 * self.max_batch * per_user, device)
         with torch.device("cpu"):
             step.page(gpu.pools, per_user)
-        # Of a CUDA graph's sequences one is for padding.
-        cache = KVCache(gpu, self._storage(layout), max_batch_size=self.max_batch + 1, max_seq_len=self.max_seq_len)
+        cache = KVCache(gpu, self._storage(layout), max_batch_size=self.max_batch, max_seq_len=self.max_seq_len)
         launch = compiled(step)
         self._step, self._cache, self._launch = step, cache, launch
         if self._sizes and cuda_graphs.supported(device):
@@ -186,7 +184,7 @@ class Engine:
         return HostKVStorageManager(MemoryStorage(layout, pages), pages) if pages else None
 
     def _check(self, users: Sequence[User], request: Request) -> None:
-        lengths, histories = request.lengths.tolist(), request.histories.tolist()
+        lengths, histories = request.lengths, request.histories
         if len(users) != len(lengths):
             raise ValueError(f"serve: users has {len(users)} names, expected {len(lengths)}, one for each sequence")
         if len(users) > self.max_batch:
@@ -199,40 +197,31 @@ class Engine:
                 )
 
     def _compute(self, request: Request, batch: Batch) -> Answer:
-        """The new rows: of those that the pages hold, some may be read of the result, and are computed again."""
         assert self._step is not None
-        cached = np.minimum(batch.cached, request.first_read)
-        new = request.lengths - cached
-        begins = np.concatenate([[0], np.cumsum(new)])
-        rows = np.arange(begins[-1]) + np.repeat(request.offsets[:-1] + cached - begins[:-1], new)
-        plan = Plan(rows, begins, np.asarray(cached))
+        plan = Plan(request, batch)
         is_loading = "host" in batch.tiers
         size = self._graphs.size(request, plan) if self._graphs is not None else None
         if size is not None:
             assert self._graphs is not None
             replayed = self._graphs.replay(size, request, plan, batch.wait_layer if is_loading else None)
-            outputs = self._step.cut(replayed, request, len(rows))
+            outputs = self._step.cut(replayed, request, len(plan.rows))
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in outputs]
         else:
             # What waits is called from compiled code, and is none of it.
             loading = waiting(torch.compiler.disable(batch.wait_layer)) if is_loading else contextlib.nullcontext()
             with loading:
-                outputs = self._step.cut(self._launched(request, plan, batch), request, len(rows))
-        return Answer(self._step.rebuild(outputs), torch.from_numpy(rows))
+                outputs = self._step.cut(self._launched(request, plan), request, len(plan.rows))
+        return Answer(self._step.rebuild(outputs), torch.from_numpy(plan.rows))
 
-    def _launched(self, request: Request, plan: "Plan", batch: Batch) -> Sequence[Any]:
-        assert self._step is not None
-        tokens = int(request.offsets[-1])
-        sequences = max(len(plan.cached) + (tokens < LEAST), LEAST)
+    def _launched(self, request: Request, plan: Plan) -> Sequence[Any]:
+        assert self._step is not None and self._cache is not None
+        tokens = request.offsets[-1]
+        sequences = max(plan.num_sequences + (tokens < LEAST), LEAST)
         inputs = self._step.padding.pad(request.inputs, max(tokens, LEAST), sequences)
-        given = plan.tensors(max(len(plan.rows), LEAST), sequences, self._step)
-        table, valid = batch.page_table[:sequences], batch.cached_lengths[:sequences]
-        if len(table) < sequences:
-            table, valid = torch.cat([table, table[:1] * 0 - 1]), torch.cat([valid, valid[:1] * 0])
+        given = plan.tensors(max(len(plan.rows), LEAST), sequences, self._step, self._cache.max_pages)
         device = self._step.device
         moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in (*inputs, *given)]
-        *inputs, rows, begins, cached = moved
-        return self._launch(*inputs, rows, begins, table, cached, valid)
+        return self._launch(*moved)
 
 
 def compiled(step: Step) -> Callable[..., Sequence[Any]]:
@@ -244,28 +233,3 @@ def compiled(step: Step) -> Callable[..., Sequence[Any]]:
             return run(*inputs)
 
     return launch
-
-
-class Plan(NamedTuple):
-    """The new rows of a request."""
-
-    rows: np.ndarray  # [R], in the request
-    begins: np.ndarray  # [B + 1], where those of each sequence begin and end
-    cached: np.ndarray  # [B], history tokens before them
-
-    def tensors(self, rows: int, sequences: int, step: Step) -> list[Tensor]:
-        """rows, row_offsets and cached_lengths of a graph with so many rows and sequences, on the CPU: see `fill`."""
-        sizes = (rows, torch.int64), (sequences + 1, step.offsets_dtype), (sequences, torch.int32)
-        made = [torch.empty(size, dtype=dtype, device="cpu") for size, dtype in sizes]
-        self.fill(made)
-        return made
-
-    def fill(self, rooms: Sequence[Tensor]) -> None:
-        """Write rows, row_offsets and cached_lengths to where there is room for as many or more.
-
-        What is added belongs to no sequence: rows that are there once more, and sequences without tokens.
-        """
-        last = self.rows[-1] if len(self.rows) else 0
-        for room, given, rest in zip(rooms, self, (last, self.begins[-1], 0), strict=True):
-            numbers = room.numpy()
-            numbers[: len(given)], numbers[len(given) :] = given, rest

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from hstu_compile.passes.batch_sizes import BatchSizes, Kind
 from hstu_compile.passes.graph import shape, value
+from hstu_compile.serving.staging import array
 
 
 class Padding:
@@ -20,12 +22,14 @@ class Padding:
     def __init__(self, inputs: Sequence[fx.Node], sizes: BatchSizes) -> None:
         self._varying: list[list[tuple[int, Kind]]] = []  # the dims of each input that are of a batch
         self._numbers: list[Kind | None] = []  # what each input is that is a number
-        self._is_read = [bool(node.users) for node in inputs]
-        for node in inputs:
+        self._constants = []  # positions of numbers that the graph reads, and are not of a batch
+        for position, node in enumerate(inputs):
             is_tensor = isinstance(value(node), Tensor)
             kinds = [(dim, sizes.kind(size)) for dim, size in enumerate(shape(node))] if is_tensor else []
             self._varying.append([(dim, kind) for dim, kind in kinds if kind is not None])
             self._numbers.append(None if is_tensor else sizes.kind(value(node)))
+            if not is_tensor and node.users and self._numbers[-1] is None:
+                self._constants.append(position)
 
     def pad(self, inputs: Sequence[Any], tokens: int, sequences: int) -> list[Any]:
         """The inputs of a request with so many tokens and sequences: fewer sequences where it has fewer tokens."""
@@ -57,39 +61,39 @@ class Padding:
 
     def fits(self, room: Sequence[Any], inputs: Sequence[Any]) -> bool:
         """Whether inputs can be padded to others."""
-        cases = zip(room, inputs, self._varying, self._numbers, self._is_read, strict=True)
-        for has, given, varying, number, is_read in cases:
-            if not isinstance(given, Tensor):
-                if is_read and number is None and given != has:
-                    return False
-            elif given.shape != has.shape:
-                dims = {dim for dim, _ in varying}
+        if any(inputs[i] != room[i] for i in self._constants):
+            return False
+        for has, given, varying in zip(room, inputs, self._varying, strict=True):
+            if isinstance(given, Tensor) and given.shape != has.shape:
+                dims = [dim for dim, _ in varying]
                 for dim, (n, most) in enumerate(zip(given.shape, has.shape, strict=True)):
                     if n > most or (n < most and dim not in dims):
                         return False
         return True
 
-    def fill(self, position: int, room: Tensor, given: Tensor, tokens: int) -> None:
-        """Copy the input at this position to where there is room for more, of so many tokens."""
-        _fill(room, given, self._varying[position], tokens)
+    def fill(self, position: int, room: Tensor | np.ndarray, given: Tensor, tokens: int) -> None:
+        """Copy the input at this position to where there is room for more, of so many tokens.
+
+        Args:
+            room: a tensor, or where the input is on the host its `staging.array`.
+        """
+        _fill(room, given if isinstance(room, Tensor) else array(given), self._varying[position], tokens)
 
 
-def _fill(room: Tensor, given: Tensor, varying: Sequence[tuple[int, Kind]], tokens: int) -> None:
-    """What is left behind the tokens given stays as it is: those tokens are nobody's."""
-    if room.shape == given.shape:
-        room.copy_(given, non_blocking=True)
-        return
-    own = room
-    for dim, _ in varying:
-        own = own.narrow(dim, 0, given.shape[dim])
-    own.copy_(given, non_blocking=True)
+def _fill(room: Any, given: Any, varying: Sequence[tuple[int, Kind]], tokens: int) -> None:
+    """What is left behind the tokens given stays as it is: those tokens are nobody's. Of tensors, or of arrays."""
+    own = room[(*map(slice, given.shape), ...)]
+    if isinstance(own, Tensor):
+        own.copy_(given, non_blocking=True)
+    else:
+        own[...] = given
     for dim, kind in varying:
-        actual = given.shape[dim]
+        actual, before = given.shape[dim], (slice(None),) * dim
         if kind == "tokens" or actual == room.shape[dim]:
             continue
-        rest = room.narrow(dim, actual, room.shape[dim] - actual)
+        rest = room[(*before, slice(actual, None))]
         if kind == "sequences":
-            rest.zero_()
+            rest[...] = 0
         else:
-            rest.copy_(room.narrow(dim, actual - 1, 1).expand_as(rest))
-            rest.narrow(dim, -1, 1).fill_(tokens)
+            rest[...] = room[(*before, slice(actual - 1, actual))]
+            room[(*before, -1)] = tokens

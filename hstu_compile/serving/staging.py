@@ -3,10 +3,13 @@
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes, as an allocation of its own has it
+NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
+BITS = {1: torch.int8, 2: torch.int16}  # of the others, by their size
 
 
 class Staging:
@@ -26,14 +29,14 @@ class Staging:
             at = zip(initial, begins, strict=True)
             return [memory[begin : begin + x.nbytes].view(x.dtype).view(x.shape) for x, begin in at]
 
-        self.tensors, self._rooms = views(self._device), views(self._host)
+        self.tensors, self._rooms = views(self._device), [array(x) for x in views(self._host)]
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         for room, x in zip(self._rooms, initial, strict=True):
-            room.copy_(x)
+            room[...] = array(x)
         self.send()
 
-    def rooms(self) -> list[Tensor]:
-        """To be written to on the host; waits until the last copy from there is over."""
+    def rooms(self) -> list[np.ndarray]:
+        """To be written to on the host, see `array`; waits until the last copy from there is over."""
         if self._sent is not None:
             self._sent.synchronize()
         return self._rooms
@@ -43,3 +46,10 @@ class Staging:
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
+
+
+def array(x: Tensor) -> np.ndarray:
+    """What is in the memory of a tensor on the CPU; of floats that numpy has not, the bits."""
+    if x.dtype.is_floating_point and x.dtype not in NUMPY_FLOATS:
+        x = x.view(BITS[x.itemsize])
+    return x.numpy(force=True)

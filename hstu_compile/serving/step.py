@@ -1,12 +1,11 @@
 """A captured model over a paged cache: what a request is to it, and the graph that computes its new rows."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import sympy
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,11 +13,12 @@ from hstu_compile.capture import placeholders
 from hstu_compile.passes import cacheable, paged_attention, silu_in_place
 from hstu_compile.passes.batch_sizes import BatchSizes, expression
 from hstu_compile.passes.evaluate import Evaluation
-from hstu_compile.passes.graph import argument, shape, value
+from hstu_compile.passes.graph import argument, is_tensor, shape, value
 from hstu_compile.passes.report import source_line
 from hstu_compile.passes.row_wise import MixesRows
 from hstu_compile.serving.captured_call import CapturedCall
 from hstu_compile.serving.padding import Padding
+from hstu_compile.serving.sizes import Size
 
 
 class NotServable(RuntimeError):
@@ -34,18 +34,25 @@ class Request:
     """The sequences of a request, as its arguments say."""
 
     inputs: list[Any]  # of the graph
-    symbols: dict[sympy.Symbol, int]  # sizes and numbers of the graph, in this request
-    offsets: np.ndarray  # [B + 1]
-    targets: np.ndarray  # [B]
-    first_read: np.ndarray  # [B]: the first position that is read of the result
+    symbols: dict[str, int]  # sizes and numbers of the graph, in this request
+    offsets: list[int]  # [B + 1]
+    lengths: list[int]  # [B]
+    histories: list[int]  # [B]: lengths without candidates
+    first_read: list[int]  # [B]: the first position that is read of the result
 
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
 
-    @functools.cached_property
-    def histories(self) -> np.ndarray:
-        return self.lengths - self.targets
+class _TensorInput(NamedTuple):
+    position: int
+    name: str  # the caller's
+    dtype: torch.dtype
+    sizes: list[Size]
+
+
+class _NumberInput(NamedTuple):
+    position: int
+    name: str  # the caller's
+    symbol: str | None
+    is_fixed: bool  # keys and values depend on it
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Step:
         self.geometry = Geometry(len(layers), heads, dim, dtype)
         self.device = value(layers[0]).device
         self.offsets_dtype = value(self._offsets).dtype
-        self._numbers: dict[str, Any] = {}  # the caller's that must not change
+        self._fixed_numbers: dict[str, Any] = {}  # of the caller's, what they were
 
     def page(self, pools: Sequence[Tensor], max_pages: int) -> None:
         """Rewrite the graph for these pools.
@@ -98,7 +105,6 @@ class Step:
         """
         assert self.sizes is not None and self._offsets is not None
         self.inputs = placeholders(self.graph)
-        self._names = self._call.names
         try:
             paged = paged_attention.run(self.graph, pools, max_pages)
             fixed = self._fixed | cacheable.check_rows(self.graph, self.sizes, self._offsets, self._targets)
@@ -107,23 +113,28 @@ class Step:
         except cacheable.NotCacheable as error:
             raise NotServable(f"serve: keys and values can't be cached: {error}") from error
         silu_in_place.run(self.graph.graph)
-        self.fixed_numbers = [node.name for node in self.inputs if node in fixed]
+        self._tensors, self._numbers = self._described(fixed)
         alive = set(self.graph.graph.nodes)
         reads = [node for node in dict.fromkeys(paged.reads) if node in alive]
         counts = [] if self._targets is None else [self._targets]
         self._sequences = Evaluation([self._offsets, *counts, *reads], self.inputs)
+        self._is_read = [self.inputs.index(node) for node in self._sequences.reads]
         self.computed_whole = [node for node in paged.computed_whole if node in alive]
         self.graph = fx.GraphModule(self.graph, self.graph.graph)  # Dynamo does not enter the lazy one of make_fx
         (output,) = self.graph.graph.find_nodes(op="output")
-        self._outputs = [value(node) for node in output.args[0]]
+        self._outputs = [
+            [(dim, Size(n)) for dim, n in enumerate(shape(node)) if not isinstance(n, int)] if is_tensor(node) else None
+            for node in output.args[0]
+        ]
         self.rows = next(n for n in placeholders(self.graph) if n.name == "hstu_compile_rows")
+        self._num_rows = expression(shape(self.rows)[0]).name
         self.padding = Padding(self.inputs, self.sizes)
 
     def words(self) -> list[str]:
         """What is computed, and how."""
         lines = str(self._call.report).splitlines()
         lines += [f"computed for all rows: {node.name} at {source_line(node)}" for node in self.computed_whole]
-        lines += [f"must be the same in every request: {self._names[name]}" for name in self.fixed_numbers]
+        lines += [f"must be the same in every request: {number.name}" for number in self._numbers if number.is_fixed]
         return lines
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
@@ -134,56 +145,67 @@ class Step:
         """
         inputs = self._call.inputs(args, kwargs)
         symbols = self._check(inputs)
-        offsets, *others = self._read(inputs)
-        targets = others.pop(0) if self._targets is not None else np.zeros(len(offsets) - 1, dtype=np.int64)
-        first_read = np.diff(offsets)
-        for rows in others:
-            rows = rows[(rows >= 0) & (rows < offsets[-1])]
-            sequence = np.searchsorted(offsets, rows, side="right") - 1
-            np.minimum.at(first_read, sequence, rows - offsets[sequence])
-        return Request(inputs, symbols, offsets, targets, first_read)
+        begins, *others = self._read(inputs)
+        offsets = begins.tolist()
+        lengths = histories = first_read = [end - begin for begin, end in itertools.pairwise(offsets)]
+        if self._targets is not None:
+            histories = [n - targets for n, targets in zip(lengths, others.pop(0).tolist(), strict=True)]
+        if others:
+            first_read = _first_read(offsets, lengths, [x.long().reshape(-1).numpy() for x in others])
+        return Request(inputs, symbols, offsets, lengths, histories, first_read)
 
-    def offsets(self, inputs: Sequence[Any]) -> np.ndarray:
+    def offsets(self, inputs: Sequence[Any]) -> list[int]:
         """[B + 1], of a request with these inputs."""
-        return self._read(inputs)[0]
+        return self._read(inputs)[0].tolist()
 
-    def _read(self, inputs: Sequence[Any]) -> list[np.ndarray]:
+    def _read(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Offsets, counts of candidates where there are some, and rows that are read of the result."""
-        read = [(n, x) for n, x in zip(self.inputs, inputs, strict=True) if n in self._sequences.reads]
-        given = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in read}
-        return [x.long().reshape(-1).numpy() for x in self._sequences(given)]
+        given = [inputs[i] for i in self._is_read]
+        return self._sequences([x.cpu() if isinstance(x, Tensor) else x for x in given])
 
-    def _check(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
+    def _described(self, fixed: Collection[fx.Node]) -> tuple[list[_TensorInput], list[_NumberInput]]:
+        """The inputs, as `_check` wants them. fixed: numbers that must be the same in every request."""
+        tensors, numbers = [], []
+        for position, node in enumerate(self.inputs):
+            name, known = self._call.names[node.name], value(node)
+            if isinstance(known, Tensor):
+                tensors.append(_TensorInput(position, name, known.dtype, [Size(n) for n in known.shape]))
+            else:
+                found = expression(known)
+                numbers.append(_NumberInput(position, name, found.name if found.is_Symbol else None, node in fixed))
+        return tensors, numbers
+
+    def _check(self, inputs: Sequence[Any]) -> dict[str, int]:
         """The symbols of sizes and numbers in these inputs."""
-        symbols: dict[sympy.Symbol, int] = {}
-        numbers = []
-        for node, given in zip(self.inputs, inputs, strict=True):
-            known = value(node)
-            if not isinstance(known, Tensor):
-                if node.name in self.fixed_numbers and self._numbers.setdefault(node.name, given) != given:
-                    before = self._numbers[node.name]
-                    raise ValueError(
-                        f"serve: {self._names[node.name]} is {given}, expected {before} as before: "
-                        "keys and values of cached tokens depend on it"
-                    )
-                numbers.append((known, given))
-                continue
-            if not isinstance(given, Tensor) or (given.dtype, given.dim()) != (known.dtype, known.dim()):
+        symbols: dict[str, int] = {}
+        for position, name, dtype, sizes in self._tensors:
+            given = inputs[position]
+            if not isinstance(given, Tensor) or given.dtype != dtype or given.dim() != len(sizes):
                 found = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else given
+                raise ValueError(f"serve: {name} is {found}, expected {dtype}, {len(sizes)} dims")
+            for size, actual in zip(sizes, given.shape, strict=True):
+                size.check(name, actual, symbols)
+        for position, name, symbol, is_fixed in self._numbers:
+            given = inputs[position]
+            if is_fixed and (before := self._fixed_numbers.setdefault(name, given)) != given:
                 raise ValueError(
-                    f"serve: {self._names[node.name]} is {found}, expected {known.dtype}, {known.dim()} dims"
+                    f"serve: {name} is {given}, expected {before} as before: "
+                    "keys and values of cached tokens depend on it"
                 )
-            for size, actual in zip(known.shape, given.shape, strict=True):
-                _agree(self._names[node.name], size, actual, symbols)
-        for known, given in numbers:
-            if expression(known).is_Symbol:
-                symbols.setdefault(expression(known), given)
+            if symbol is not None:
+                symbols.setdefault(symbol, given)
         return symbols
 
     def cut(self, outputs: Sequence[Any], request: Request, rows: int) -> list[Any]:
         """Outputs of padded inputs without what was added."""
-        symbols = request.symbols | {expression(shape(self.rows)[0]): rows}
-        return [_cut(x, known, symbols) for x, known in zip(outputs, self._outputs, strict=True)]
+        symbols = request.symbols | {self._num_rows: rows}
+        found = []
+        for x, sizes in zip(outputs, self._outputs, strict=True):
+            for dim, size in sizes or ():
+                if (actual := size.of(symbols)) is not None:
+                    x = x.narrow(dim, 0, actual)
+            found.append(x)
+        return found
 
     @property
     def rebuild(self) -> Callable[[Sequence[Any]], Any]:
@@ -200,36 +222,11 @@ def _sequences(node: fx.Node) -> tuple[Any, fx.Node | None, fx.Node | None]:
     return shape(node)[0], argument(node, 3, "seq_offsets"), argument(node, 5, "num_targets")
 
 
-def _agree(name: str, size: Any, actual: int, symbols: dict[sympy.Symbol, int]) -> None:
-    """Sizes of this call's inputs that were equal, or constant, when the model was captured must be so again."""
-    known = expression(size)
-    symbol, rest = _linear(known)
-    if symbol is not None:
-        if symbols.setdefault(symbol, actual - rest) != actual - rest:
-            raise ValueError(f"serve: a size of {name} is {actual}, expected {symbols[symbol] + rest} as in the others")
-        return
-    known = known.xreplace({s: sympy.Integer(n) for s, n in symbols.items()})
-    if known.is_Integer and int(known) != actual:
-        raise ValueError(f"serve: a size of {name} is {actual}, expected {known}")
-
-
-def _cut(x: Any, known: Any, symbols: Mapping[sympy.Symbol, int]) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    for dim, size in enumerate(known.shape):
-        symbol, rest = _linear(expression(size))
-        if symbol in symbols:
-            x = x.narrow(dim, 0, symbols[symbol] + rest)
-        elif not isinstance(size, int) and expression(size).free_symbols <= symbols.keys():
-            x = x.narrow(dim, 0, int(expression(size).xreplace({s: sympy.Integer(n) for s, n in symbols.items()})))
-    return x
-
-
-@functools.cache
-def _linear(size: sympy.Expr) -> tuple[sympy.Symbol | None, int]:
-    """(symbol, n) of a size symbol + n."""
-    if len(size.free_symbols) == 1:
-        (symbol,) = size.free_symbols
-        if (size - symbol).is_Integer:
-            return symbol, int(size - symbol)
-    return None, 0
+def _first_read(offsets: list[int], lengths: list[int], read: Sequence[np.ndarray]) -> list[int]:
+    """[B]: the first position of each sequence among these rows; its length where there is none."""
+    begins, first = np.array(offsets), np.array(lengths)
+    for rows in read:
+        rows = rows[(rows >= 0) & (rows < offsets[-1])]
+        sequence = np.searchsorted(begins, rows, side="right") - 1
+        np.minimum.at(first, sequence, rows - begins[sequence])
+    return first.tolist()
