@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -413,6 +414,23 @@ def test_tables_keep_their_addresses_and_are_empty_behind_the_batch() -> None:
     assert big.cached_lengths.data_ptr() == small.cached_lengths.data_ptr() == server.cache.cached_lengths.data_ptr()
     assert small.cached_lengths.tolist() == [20, 0, 0, 0] and (small.page_table[1:] == -1).all()
     assert small.pool(1) is server.cache.gpu.pools[1]
+
+
+def test_a_plan_leaves_the_tables_to_the_caller() -> None:
+    """What `fill` writes, of more users than there are, is what `begin` publishes."""
+    server = late_server(8)
+    server.step([1, 2], [20, 3])
+    server.time_passes()
+    tables, before = (server.cache.page_table, server.cache.cached_lengths), server.cache.page_table.clone()
+    with server.cache.plan([2, 1], [40, 20], version=0) as batch:
+        mine = [np.full(x[:3].shape, 7, np.int32) for x in tables]
+        batch.fill(*mine)
+        server.time_passes()
+        assert torch.equal(server.cache.page_table, before)
+        batch.publish()
+        server.time_passes()
+    assert all(np.array_equal(own, x[:3].numpy()) for own, x in zip(mine, tables, strict=True))
+    assert mine[1].tolist() == [3, 20, 0] and not torch.equal(server.cache.page_table, before)
 
 
 def test_an_aborted_step_leaves_every_user_as_before() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,26 @@ def test_promise_5_a_failed_load_is_computed_again(name: str) -> None:
     assert server.step([1], [4 * PAGE + 3]).cached[0] >= storage.valid * PAGE
     server.time_passes()
     assert not server.wrong and server.cache.counters["host"].failures >= 1
+
+
+def test_promise_5_a_plan_whose_load_fails() -> None:
+    """The tables that the caller writes say what is valid, and the cache writes none."""
+    storage = Failing(LAYOUT, 30)
+    server = late_server(8, storage)
+    server.step([1, 2], [4 * PAGE + 3, PAGE])
+    evict(server)
+    storage.error = ConnectionError("lost")
+    published = server.cache.page_table.clone()
+    with server.cache.plan([1, 2], [4 * PAGE + 3, PAGE + 5], version=0) as batch:
+        with pytest.raises(LoadFailed):
+            for layer in range(LAYOUT.num_layers):
+                batch.wait_layer(layer)
+        batch.rollback()
+        table, lengths = (np.empty(x.shape, np.int32) for x in (server.cache.page_table, server.cache.cached_lengths))
+        batch.fill(table, lengths)
+        server.cache.streams.compute.advance(10**9)  # type: ignore[attr-defined]
+    assert lengths.tolist() == [0, PAGE, 0, 0] and torch.equal(server.cache.page_table, published)
+    assert ((table >= 0).sum(1) == [5, 2, 0, 0]).all()
 
 
 def test_promise_5_a_late_load_is_computed_again_and_its_copies_never_land() -> None:

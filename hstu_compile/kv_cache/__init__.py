@@ -28,6 +28,7 @@ full copied to the host once the step's work is done. `abort` leaves every user 
   and the pools have one address for the life of the cache. Rows beyond the batch are -1 and 0. A graph over layer i is
   replayed after `wait_layer(i)`, one over the whole model after `wait_layer` of every layer. Record them with
   capture_error_mode="thread_local": threads of the cache call CUDA at any time.
+- `plan` is `begin` for tables of the caller's own: the cache's are not written, `batch.fill` writes others.
 - One batch is open at a time; its GPU work need not be over when the next begins.
 - History of length 0 is allowed, so are lengths equal to what is cached (only candidates are new).
 - `batch.tiers[b]`, "gpu", "host" or "miss", says where the history of user b was found.

@@ -67,11 +67,11 @@ class Batch:
 
     def fill(self, page_table: np.ndarray, cached_lengths: np.ndarray) -> None:
         """Write what these two are to host memory, for as many users as there are or more."""
+        page_table.fill(-1)
+        for b, pages in enumerate(self._allocation.pages):
+            page_table[b, : len(pages)] = pages
         users = len(self.users)
-        for row, pages in zip(page_table, self._allocation.pages, strict=False):
-            row[: len(pages)], row[len(pages) :] = pages, -1
-        cached_lengths[:users] = self.cached
-        page_table[users:], cached_lengths[users:] = -1, 0
+        cached_lengths[:users], cached_lengths[users:] = self.cached, 0
 
     def wait_layer(self, layer: int) -> None:
         """Have the current stream wait until what is cached of this layer is in the pages.

@@ -153,12 +153,11 @@ class KVCache:
                 raise ValueError(
                     f"kv_cache: the length of user {user!r} is {length}, expected at most {self.max_seq_len}"
                 )
-        keys = [Key(user, version, epoch) for user, epoch in zip(users, epochs, strict=True)]
-        for key in keys:
-            for name, value in zip(Key._fields, key, strict=True):
+        for name, given in (("user", users), ("version", (version,)), ("epoch", epochs)):
+            for value in given:
                 if not isinstance(value, (int, str)):
                     raise ValueError(f"kv_cache: {name} is {value!r}, expected an int or a string")
-        return keys
+        return [Key(user, version, epoch) for user, epoch in zip(users, epochs, strict=True)]
 
     def _stored(self, keys: Sequence[Key], lengths: Sequence[int]) -> list[int]:
         """Pages of each user that the host can load, where the GPU has none."""

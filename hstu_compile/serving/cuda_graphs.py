@@ -85,7 +85,7 @@ class _Recorded:
     by_layers: Recording | None  # where there is a host to load from
     inputs: list[Any]  # the model's, tensors with addresses of their own
     staged: list[int]  # which of them go with the staging
-    others: list[int]  # of the tensors among them
+    others: list[int]  # which other tensors there are
     staging: Staging  # of these, and of a plan
     seconds: float
 
@@ -137,14 +137,13 @@ class CudaGraphs:
         recorded = self._recorded[size]
         assert isinstance(recorded, _Recorded)
         padding, tokens = self._step.padding, size[0] * self._max_seq_len
-        *rooms, _, _, _, _, _ = arrays = recorded.staging.rooms()
-        on_device = recorded.others
-        for i, room in zip(recorded.staged, rooms, strict=True):
+        rooms, on_device = recorded.staging.rooms(), recorded.others
+        for i, room in zip(recorded.staged, rooms, strict=False):
             if request.inputs[i].is_cuda:
                 on_device = [*on_device, i]
             else:
                 padding.fill(i, room, request.inputs[i], tokens)
-        plan.fill(arrays[len(rooms) :])
+        plan.fill(rooms[len(recorded.staged) :])
         recorded.staging.send()
         for i in on_device:
             padding.fill(i, recorded.inputs[i], request.inputs[i], tokens)

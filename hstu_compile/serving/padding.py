@@ -22,11 +22,13 @@ class Padding:
     def __init__(self, inputs: Sequence[fx.Node], sizes: BatchSizes) -> None:
         self._varying: list[list[tuple[int, Kind]]] = []  # the dims of each input that are of a batch
         self._numbers: list[Kind | None] = []  # what each input is that is a number
-        self._constants = []  # positions of numbers that the graph reads, and are not of a batch
+        self._constants: list[int] = []  # positions of numbers that the graph reads, and are not of a batch
+        self._sizes: list[tuple[int, int, bool]] = []  # of all inputs: position, dim, whether it is of a batch
         for position, node in enumerate(inputs):
             is_tensor = isinstance(value(node), Tensor)
             kinds = [(dim, sizes.kind(size)) for dim, size in enumerate(shape(node))] if is_tensor else []
             self._varying.append([(dim, kind) for dim, kind in kinds if kind is not None])
+            self._sizes += [(position, dim, kind is not None) for dim, kind in kinds]
             self._numbers.append(None if is_tensor else sizes.kind(value(node)))
             if not is_tensor and node.users and self._numbers[-1] is None:
                 self._constants.append(position)
@@ -61,15 +63,11 @@ class Padding:
 
     def fits(self, room: Sequence[Any], inputs: Sequence[Any]) -> bool:
         """Whether inputs can be padded to others."""
-        if any(inputs[i] != room[i] for i in self._constants):
-            return False
-        for has, given, varying in zip(room, inputs, self._varying, strict=True):
-            if isinstance(given, Tensor) and given.shape != has.shape:
-                dims = [dim for dim, _ in varying]
-                for dim, (n, most) in enumerate(zip(given.shape, has.shape, strict=True)):
-                    if n > most or (n < most and dim not in dims):
-                        return False
-        return True
+        for i, dim, is_of_batch in self._sizes:
+            n, most = inputs[i].shape[dim], room[i].shape[dim]
+            if n > most or (n < most and not is_of_batch):
+                return False
+        return all(inputs[i] == room[i] for i in self._constants)
 
     def fill(self, position: int, room: Tensor | np.ndarray, given: Tensor, tokens: int) -> None:
         """Copy the input at this position to where there is room for more, of so many tokens.
@@ -82,18 +80,23 @@ class Padding:
 
 def _fill(room: Any, given: Any, varying: Sequence[tuple[int, Kind]], tokens: int) -> None:
     """What is left behind the tokens given stays as it is: those tokens are nobody's. Of tensors, or of arrays."""
-    own = room[(*map(slice, given.shape), ...)]
-    if isinstance(own, Tensor):
-        own.copy_(given, non_blocking=True)
-    else:
-        own[...] = given
+    _write(room[(*map(slice, given.shape), ...)], given)
     for dim, kind in varying:
         actual, before = given.shape[dim], (slice(None),) * dim
         if kind == "tokens" or actual == room.shape[dim]:
             continue
         rest = room[(*before, slice(actual, None))]
         if kind == "sequences":
-            rest[...] = 0
+            _write(rest, 0)
         else:
-            rest[...] = room[(*before, slice(actual - 1, actual))]
-            room[(*before, -1)] = tokens
+            _write(rest, room[(*before, slice(actual - 1, actual))])
+            _write(room[(*before, slice(-1, None))], tokens)
+
+
+def _write(room: Any, what: Any) -> None:
+    if not isinstance(room, Tensor):
+        room[...] = what
+    elif isinstance(what, Tensor):
+        room.copy_(what, non_blocking=True)
+    else:
+        room.fill_(what)

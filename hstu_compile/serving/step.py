@@ -165,9 +165,9 @@ class Step:
 
     def _described(self, fixed: Collection[fx.Node]) -> tuple[list[_TensorInput], list[_NumberInput]]:
         """The inputs, as `_check` wants them. fixed: numbers that must be the same in every request."""
-        tensors, numbers = [], []
+        tensors, numbers, names = [], [], self._call.names
         for position, node in enumerate(self.inputs):
-            name, known = self._call.names[node.name], value(node)
+            name, known = names[node.name], value(node)
             if isinstance(known, Tensor):
                 tensors.append(_TensorInput(position, name, known.dtype, [Size(n) for n in known.shape]))
             else:
@@ -227,6 +227,6 @@ def _first_read(offsets: list[int], lengths: list[int], read: Sequence[np.ndarra
     begins, first = np.array(offsets), np.array(lengths)
     for rows in read:
         rows = rows[(rows >= 0) & (rows < offsets[-1])]
-        sequence = np.searchsorted(begins, rows, side="right") - 1
+        sequence = begins.searchsorted(rows, side="right") - 1
         np.minimum.at(first, sequence, rows - begins[sequence])
     return first.tolist()
