@@ -54,6 +54,10 @@ def test_staging_of_all_dtypes() -> None:
         assert torch.equal(x.view(torch.int8), before.view(torch.int8))
         assert torch.equal(now.view(torch.int8), expected.view(torch.int8)) and now.dtype == expected.dtype
     assert staging.tensors[-1].tolist() == 5
+    staging.sent()
+    staging.rooms()[-1][...] = 6  # not where it may still be read from
+    staging.send()
+    assert staging.tensors[-1].tolist() == 6 and torch.equal(staging.tensors[0], initial[0])
 
 
 @pytest.mark.parametrize(

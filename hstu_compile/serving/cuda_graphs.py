@@ -144,14 +144,17 @@ class CudaGraphs:
             else:
                 padding.fill(i, room, request.inputs[i], tokens)
         plan.fill(rooms[len(recorded.staged) :])
-        recorded.staging.send()
-        for i in on_device:
-            padding.fill(i, recorded.inputs[i], request.inputs[i], tokens)
         recording = recorded.whole
         if wait is not None:
             assert recorded.by_layers is not None
             recording = recorded.by_layers
-        recording.replay(wait)
+        recorded.staging.send()
+        try:
+            for i in on_device:
+                padding.fill(i, recorded.inputs[i], request.inputs[i], tokens)
+            recording.replay(wait)
+        finally:
+            recorded.staging.sent()
         return recording.outputs
 
     def _record(self, size: Size, request: Request, plan: Plan) -> _Recorded | str:

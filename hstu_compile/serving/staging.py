@@ -13,7 +13,9 @@ BITS = {1: torch.int8, 2: torch.int16}  # of the others, by their size
 
 
 class Staging:
-    """`tensors` on the device are `rooms` on the host, as of the last `send`.
+    """`tensors` on the device are the `rooms` on the host that were written before the last `send`.
+
+    There are two sets of rooms, which take turns: the host writes to one while the other is still being copied.
 
     Args:
         initial: what they hold at first, on the CPU.
@@ -22,30 +24,38 @@ class Staging:
     def __init__(self, initial: Sequence[Tensor], device: torch.device) -> None:
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in initial]
         *begins, total = itertools.accumulate(sizes, initial=0)
-        self._host = torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        self._device = torch.zeros_like(self._host, device=device)
 
         def views(memory: Tensor) -> list[Tensor]:
             at = zip(initial, begins, strict=True)
             return [memory[begin : begin + x.nbytes].view(x.dtype).view(x.shape) for x, begin in at]
 
-        self.tensors, self._rooms = views(self._device), [array(x) for x in views(self._host)]
-        self._sent = torch.cuda.Event() if device.type == "cuda" else None
-        for room, x in zip(self._rooms, initial, strict=True):
+        is_cuda = device.type == "cuda"
+        self._hosts = [torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=is_cuda) for _ in range(2)]
+        self._rooms = [[array(x) for x in views(host)] for host in self._hosts]
+        self._read = [torch.cuda.Event() for _ in self._hosts] if is_cuda else []
+        self._turn = 0
+        for room, x in zip((room for rooms in self._rooms for room in rooms), [*initial] * 2, strict=True):
             room[...] = array(x)
+        self._device = torch.empty_like(self._hosts[0], device=device)
+        self.tensors = views(self._device)
         self.send()
+        self.sent()
 
     def rooms(self) -> list[np.ndarray]:
-        """To be written to on the host, see `array`; waits until the last copy from there is over."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        return self._rooms
+        """To be written to on the host before `send`, see `array`; waits until they have been read."""
+        self._turn = 1 - self._turn
+        if self._read:
+            self._read[self._turn].synchronize()
+        return self._rooms[self._turn]
 
     def send(self) -> None:
         """Copy all, in the order of the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
+        self._device.copy_(self._hosts[self._turn], non_blocking=True)
+
+    def sent(self) -> None:
+        """To be called once after each `send`, when nothing that waits for the copy is left to be launched."""
+        if self._read:
+            self._read[self._turn].record()
 
 
 def array(x: Tensor) -> np.ndarray:
