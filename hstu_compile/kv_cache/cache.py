@@ -97,7 +97,8 @@ class KVCache:
         keys = self._keys(users, lengths, version, [0] * len(users) if epochs is None else epochs)
         stored = self._stored(keys, lengths)
         allocation = self.gpu.allocate(keys, lengths)
-        cached, tiers, load = list(allocation.cached), list[Tier](), None
+        cached, load = list(allocation.cached), None
+        tiers: list[Tier] = []
         try:
             wanted = []
             for b, key in enumerate(keys):

@@ -114,7 +114,7 @@ class CudaGraphs:
 
     def size(self, request: Request, plan: Plan) -> Size | None:
         """The smallest size that holds a request; None where it is to be launched."""
-        sequences, rows = plan.num_sequences, max(len(plan.rows), 2)
+        sequences, rows = plan.num_sequences, max(plan.num_rows, 2)
         found = next((size for size in self._sizes if size[0] >= sequences and size[1] >= rows), None)
         if found is not None:
             if found not in self._recorded:

@@ -204,21 +204,21 @@ class Engine:
         if size is not None:
             assert self._graphs is not None
             replayed = self._graphs.replay(size, request, plan, batch.wait_layer if is_loading else None)
-            outputs = self._step.cut(replayed, request, len(plan.rows))
+            outputs = self._step.cut(replayed, request, plan.num_rows)
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in outputs]
         else:
             # What waits is called from compiled code, and is none of it.
             loading = waiting(torch.compiler.disable(batch.wait_layer)) if is_loading else contextlib.nullcontext()
             with loading:
-                outputs = self._step.cut(self._launched(request, plan), request, len(plan.rows))
-        return Answer(self._step.rebuild(outputs), torch.from_numpy(plan.rows))
+                outputs = self._step.cut(self._launched(request, plan), request, plan.num_rows)
+        return Answer(self._step.rebuild(outputs), torch.from_numpy(plan.rows()))
 
     def _launched(self, request: Request, plan: Plan) -> Sequence[Any]:
         assert self._step is not None and self._cache is not None
         tokens = request.offsets[-1]
         sequences = max(plan.num_sequences + (tokens < LEAST), LEAST)
         inputs = self._step.padding.pad(request.inputs, max(tokens, LEAST), sequences)
-        given = plan.tensors(max(len(plan.rows), LEAST), sequences, self._step, self._cache.max_pages)
+        given = plan.tensors(max(plan.num_rows, LEAST), sequences, self._step, self._cache.max_pages)
         device = self._step.device
         moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in (*inputs, *given)]
         return self._launch(*moved)

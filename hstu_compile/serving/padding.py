@@ -67,7 +67,10 @@ class Padding:
             n, most = inputs[i].shape[dim], room[i].shape[dim]
             if n > most or (n < most and not is_of_batch):
                 return False
-        return all(inputs[i] == room[i] for i in self._constants)
+        for i in self._constants:
+            if inputs[i] != room[i]:
+                return False
+        return True
 
     def fill(self, position: int, room: Tensor | np.ndarray, given: Tensor, tokens: int) -> None:
         """Copy the input at this position to where there is room for more, of so many tokens.
@@ -80,23 +83,23 @@ class Padding:
 
 def _fill(room: Any, given: Any, varying: Sequence[tuple[int, Kind]], tokens: int) -> None:
     """What is left behind the tokens given stays as it is: those tokens are nobody's. Of tensors, or of arrays."""
-    _write(room[(*map(slice, given.shape), ...)], given)
+    _write(room, (*map(slice, given.shape), ...), given)
     for dim, kind in varying:
         actual, before = given.shape[dim], (slice(None),) * dim
         if kind == "tokens" or actual == room.shape[dim]:
             continue
-        rest = room[(*before, slice(actual, None))]
+        rest = (*before, slice(actual, None))
         if kind == "sequences":
-            _write(rest, 0)
+            _write(room, rest, 0)
         else:
-            _write(rest, room[(*before, slice(actual - 1, actual))])
-            _write(room[(*before, slice(-1, None))], tokens)
+            _write(room, rest, given[(*before, slice(-1, None))])
+            _write(room, (*before, slice(-1, None)), tokens)
 
 
-def _write(room: Any, what: Any) -> None:
+def _write(room: Any, index: tuple[Any, ...], what: Any) -> None:
     if not isinstance(room, Tensor):
-        room[...] = what
+        room[index] = what
     elif isinstance(what, Tensor):
-        room.copy_(what, non_blocking=True)
+        room[index].copy_(what, non_blocking=True)
     else:
-        room.fill_(what)
+        room[index].fill_(what)

@@ -19,13 +19,14 @@ class Plan:
         self._cached = [min(n, first) for n, first in zip(batch.cached, request.first_read, strict=True)]
         new = [n - cached for n, cached in zip(request.lengths, self._cached, strict=True)]
         self._begins = list(itertools.accumulate(new, initial=0))
-        ends = request.offsets[1:]
-        pieces = [np.arange(end - count, end, dtype=np.int64) for end, count in zip(ends, new, strict=True)]
-        self.rows = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)  # in the request
+        self._ends = request.offsets[1:]
+        self.num_sequences, self.num_rows = len(new), self._begins[-1]
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self._cached)
+    def rows(self) -> np.ndarray:
+        """The new rows, as those of the request."""
+        found = np.empty(self.num_rows, dtype=np.int64)
+        self._fill_rows(found)
+        return found
 
     def tensors(self, rows: int, sequences: int, step: Step, max_pages: int) -> list[Tensor]:
         """The last inputs of a graph with so many rows and sequences, on the CPU: see `fill`."""
@@ -46,8 +47,13 @@ class Plan:
         What is added belongs to no sequence: rows that are there once more, and sequences without tokens.
         """
         rows, begins, page_table, cached, valid = rooms
-        count, sequences = len(self.rows), self.num_sequences
-        rows[:count], rows[count:] = self.rows, self.rows[-1] if count else 0
-        begins[: sequences + 1], begins[sequences + 1 :] = self._begins, self._begins[-1]
+        self._fill_rows(rows)
+        rows[self.num_rows :] = rows[self.num_rows - 1] if self.num_rows else 0
+        sequences = self.num_sequences
+        begins[: sequences + 1], begins[sequences + 1 :] = self._begins, self.num_rows
         cached[:sequences], cached[sequences:] = self._cached, 0
         self._batch.fill(page_table, valid)
+
+    def _fill_rows(self, rows: np.ndarray) -> None:
+        for (begin, end), last in zip(itertools.pairwise(self._begins), self._ends, strict=True):
+            rows[begin:end] = np.arange(last - (end - begin), last)
