@@ -159,3 +159,31 @@ def test_inference_mode(device: str) -> None:
             answer = engine(["a"], *(x.clone() if isinstance(x, Tensor) else x for x in args))
         traffic.check(answer, args)
     engine.close()
+
+
+class TimeSinceTheFirst(Ranking):
+    """Reads times at new rows, and where sequences begin."""
+
+    def embed(self, ids: Tensor, offsets: Tensor, num_targets: Tensor, timestamps: Tensor) -> Tensor:
+        row = torch.arange(ids.shape[0], device=ids.device)
+        sequence = torch.bucketize(row, offsets[1:], right=True)
+        begins = timestamps[offsets[:-1].clamp(max=ids.shape[0] - 1)]
+        gap = (timestamps - begins[sequence]).float().log1p().to(self.head.weight.dtype)
+        return super().embed(ids, offsets, num_targets, None) + gap.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("kind", [Ranking, TimeSinceTheFirst])
+def test_inputs_on_the_host(kind: type[Ranking], device: str) -> None:
+    """Only new rows are copied of those that are read there alone; all of the others."""
+    model = kind(layers=2, times=True).to(device, torch.bfloat16)
+    traffic, engine = Traffic(model, device), engine_of(model)
+    for number, (user, history) in enumerate((("a", 5), ("b", 9), ("b", 12), ("a", 8), ("a", 9), ("b", 13))):
+        args = list(traffic.request([user], [history], [2]))
+        args[4] = args[4] + 1000 * (user == "b")
+        answer = engine([user], *(x.cpu() if isinstance(x, Tensor) else x for x in args))
+        traffic.check(answer, args)
+        assert number < 2 or len(answer.rows) == 5 - 2 * (number > 3)
+    assert engine._step is not None and engine._graphs is not None and engine._graphs.replays == 6
+    names = dict(zip((n.name for n in engine._step.inputs), engine._step.padding._is_picked, strict=True))
+    assert (names["l_args_0_"], names["l_args_1_"], names["l_args_4_"]) == (True, False, kind is Ranking)
+    engine.close()

@@ -142,7 +142,7 @@ class CudaGraphs:
             if request.inputs[i].is_cuda:
                 on_device = [*on_device, i]
             else:
-                padding.fill(i, room, request.inputs[i], tokens)
+                padding.fill_host(i, room, request.inputs[i], tokens, plan.spans)
         plan.fill(rooms[len(recorded.staged) :])
         recording = recorded.whole
         if wait is not None:

@@ -19,8 +19,10 @@ class Padding:
     between are empty.
     """
 
-    def __init__(self, inputs: Sequence[fx.Node], sizes: BatchSizes) -> None:
+    def __init__(self, inputs: Sequence[fx.Node], sizes: BatchSizes, rows: fx.Node) -> None:
+        """rows: the new ones, an input of the graph too."""
         self._varying: list[list[tuple[int, Kind]]] = []  # the dims of each input that are of a batch
+        self._is_picked: list[bool] = []  # whether each input has tokens, and is read at new rows only
         self._numbers: list[Kind | None] = []  # what each input is that is a number
         self._constants: list[int] = []  # positions of numbers that the graph reads, and are not of a batch
         self._sizes: list[tuple[int, int, bool]] = []  # of all inputs: position, dim, whether it is of a batch
@@ -28,6 +30,8 @@ class Padding:
             is_tensor = isinstance(value(node), Tensor)
             kinds = [(dim, sizes.kind(size)) for dim, size in enumerate(shape(node))] if is_tensor else []
             self._varying.append([(dim, kind) for dim, kind in kinds if kind is not None])
+            of_tokens = self._varying[-1] == [(0, "tokens")]
+            self._is_picked.append(of_tokens and all(_picks(user, node, rows) for user in node.users))
             self._sizes += [(position, dim, kind is not None) for dim, kind in kinds]
             self._numbers.append(None if is_tensor else sizes.kind(value(node)))
             if not is_tensor and node.users and self._numbers[-1] is None:
@@ -72,13 +76,24 @@ class Padding:
                 return False
         return True
 
-    def fill(self, position: int, room: Tensor | np.ndarray, given: Tensor, tokens: int) -> None:
-        """Copy the input at this position to where there is room for more, of so many tokens.
+    def fill(self, position: int, room: Tensor, given: Tensor, tokens: int) -> None:
+        """Copy the input at this position to where there is room for more, of so many tokens."""
+        _fill(room, given, self._varying[position], tokens)
 
-        Args:
-            room: a tensor, or where the input is on the host its `staging.array`.
-        """
-        _fill(room, given if isinstance(room, Tensor) else array(given), self._varying[position], tokens)
+    def fill_host(
+        self, position: int, room: np.ndarray, given: Tensor, tokens: int, spans: Sequence[tuple[int, int]]
+    ) -> None:
+        """Like `fill`, to a `staging.array`; of an input that is read at new rows only these, spans of the request."""
+        numbers = array(given)
+        if not self._is_picked[position]:
+            return _fill(room, numbers, self._varying[position], tokens)
+        for first, last in spans:
+            room[first:last] = numbers[first:last]
+        return None
+
+
+def _picks(user: fx.Node, node: fx.Node, rows: fx.Node) -> bool:
+    return user.target is torch.ops.aten.index.Tensor and user.args == (node, [rows])
 
 
 def _fill(room: Any, given: Any, varying: Sequence[tuple[int, Kind]], tokens: int) -> None:

@@ -128,7 +128,7 @@ class Step:
         ]
         self.rows = next(n for n in placeholders(self.graph) if n.name == "hstu_compile_rows")
         self._num_rows = expression(shape(self.rows)[0]).name
-        self.padding = Padding(self.inputs, self.sizes)
+        self.padding = Padding(self.inputs, self.sizes, self.rows)
 
     def words(self) -> list[str]:
         """What is computed, and how."""
