@@ -119,6 +119,6 @@ class FailingMemory(MemoryStorage):
         return super().read(key, layer, num_pages - (fault.kind == "short"))
 
     def truncate(self, key: Key, num_pages: int) -> None:
-        free = len(self._free)
+        dropped = [*self._pages.get(key, ())[num_pages:], *self._reserved.get(key, ())]
         super().truncate(key, num_pages)
-        self._memory[:, list(self._free[free:])] = torch.nan
+        self._memory[:, dropped] = torch.nan

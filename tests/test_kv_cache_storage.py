@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu_compile.kv_cache import (
@@ -17,6 +19,7 @@ from hstu_compile.kv_cache import (
     PageLayout,
     StorageError,
 )
+from hstu_compile.kv_cache.free_runs import FreeRuns
 from tests.kv_cache_steps import Now
 
 LAYOUT = PageLayout(num_layers=2, num_heads=2, head_dim=4, page_size=16, dtype=torch.bfloat16)
@@ -81,9 +84,48 @@ def test_memory_is_read_where_it_is_and_as_few_parts() -> None:
     append(storage, A, 2, 7)
     assert [part.shape[0] for part in storage.read(A, 0, 9)] == [2, 7]
     storage.truncate(A, 0)
-    assert [part.shape[1] for part in storage.reserve(A, 9)] == [2, 7]
+    assert [part.shape[1] for part in storage.reserve(A, 9)] == [7, 2]
     with pytest.raises(StorageError, match="8 pages are asked for, expected at most 0"):
         storage.reserve(B, 8)
+
+
+@given(data=st.data())
+def test_free_pages_are_runs_of_neighbours(data: st.DataObject) -> None:
+    free, held = FreeRuns(40), list[tuple[int, int]]()
+    for _ in range(data.draw(st.integers(1, 40))):
+        if held and data.draw(st.booleans()):
+            free.give(held.pop(data.draw(st.integers(0, len(held) - 1))))
+        else:
+            count = data.draw(st.integers(0, len(free)))
+            runs = free.take(count)
+            assert sum(end - begin for begin, end in runs) == count
+            held += runs
+        pages = sorted([*free, *(page for run in held for page in range(*run))])
+        assert pages == list(range(40)) and len(free) == len(list(free))
+        left = sorted(free)
+        longest = max((len(run) for run in _consecutive(left)), default=0)
+        if longest:
+            assert len(runs := free.take(longest)) == 1  # neighbours were joined
+            free.give(runs[0])
+
+
+def _consecutive(pages: list[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][-1] == page - 1:
+            runs[-1].append(page)
+        else:
+            runs.append([page])
+    return runs
+
+
+def test_a_piece_comes_from_the_shortest_run_that_has_it() -> None:
+    free = FreeRuns(20)
+    first, between, second, _ = (free.take(n)[0] for n in (5, 1, 3, 1))
+    free.give(first)
+    free.give(second)
+    assert [free.take(n) for n in (3, 4, 11)] == [[second], [(0, 4)], [(10, 20), (4, 5)]]
+    assert between == (5, 6) and len(free) == 0
 
 
 def test_pages_on_disk_survive_a_restart(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def launched(
     extent = Extent(16, 1)
     found.append(
         append_kv.append_launch(
-            pool.flatten(0, 2), k, v, call["seq_offsets"], table, cached, None, cached, extent, 4, page_size, 132
+            pool.flatten(0, 2), k, v, call["seq_offsets"], table, cached, None, cached, extent, 4, page_size
         )
     )
     return found
@@ -103,7 +103,6 @@ def test_portable(capability: int, dim: int, dtype: torch.dtype, page_size: int,
         resources = compile_only.resources(kernel)
         assert resources.shared <= compile_only.SHARED_MEMORY[capability], name
         assert resources.spilled <= 64, f"{name}: {resources}"
-        assert name != "append_kernel" or "prefetch.global.L2" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hstu_compile.kv_cache.free_runs import FreeRuns, Run
 from hstu_compile.kv_cache.layout import Key, PageLayout
 
 
@@ -89,7 +90,7 @@ class MemoryStorage(KVStorage):
             cudart, address = torch.cuda.cudart(), self._memory.data_ptr()
             torch.cuda.check_error(cudart.cudaHostRegister(address, len(block), 0))
             self._unpin = weakref.finalize(self, cudart.cudaHostUnregister, address)
-        self._free = array("q", range(num_pages - 1, -1, -1))
+        self._free = FreeRuns(num_pages)
         self._reserved: dict[Key, array] = {}
         self._pages: dict[Key, array] = {}
 
@@ -99,11 +100,9 @@ class MemoryStorage(KVStorage):
     def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
         if num_pages > len(self._free):
             raise StorageError(f"MemoryStorage: {num_pages} pages are asked for, expected at most {len(self._free)}")
-        pages = self._free[-num_pages:]
-        del self._free[-num_pages:]
-        pages.reverse()
-        self._reserved[key] = pages
-        return [self._memory[:, first:last] for first, last in _runs(pages)]
+        runs = self._free.take(num_pages)
+        self._reserved[key] = array("q", (page for run in runs for page in range(*run)))
+        return [self._memory[:, first:last] for first, last in runs]
 
     def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
         self._pages[key] = self._pages.get(key, array("q")) + self._reserved.pop(key)
@@ -116,17 +115,17 @@ class MemoryStorage(KVStorage):
         dropped = pages[num_pages:] + self._reserved.pop(key, array("q"))
         if num_pages:
             self._pages[key] = pages[:num_pages]
-        dropped.reverse()  # so that they are taken again as the run that they are
-        self._free.extend(dropped)
+        for run in _runs(dropped):
+            self._free.give(run)
 
     def close(self) -> None:
         if torch.cuda.is_available():
             self._unpin()
 
 
-def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
-    """Pages one behind the other in memory, as [first, last)."""
-    runs: list[tuple[int, int]] = []
+def _runs(pages: Sequence[int]) -> list[Run]:
+    """Pages one behind the other in memory."""
+    runs: list[Run] = []
     for page in pages:
         if runs and runs[-1][1] == page:
             runs[-1] = (runs[-1][0], page + 1)
