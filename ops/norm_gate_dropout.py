@@ -223,7 +223,7 @@ def norm_gate_dropout_gradients(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, args: tuple,
     du: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """da, du, dweight, dbias; empty where there is no weight or bias. du: [T, W], columns contiguous, to be filled."""
+    """da, du, dweight, dbias; empty where there is no weight or bias. du: like u, columns contiguous, to be filled."""
     kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:

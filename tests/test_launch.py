@@ -19,6 +19,7 @@ from hstu_compile.ops.kernels import attention_sm90
 from hstu_compile.ops.kernels import norm_gate_dropout as gate
 from hstu_compile.ops.norm_gate_dropout import _features as gate_features
 from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
+from hstu_compile.ops.packed_slices import Slice
 
 H = 2
 EMPTY = torch.empty
@@ -140,23 +141,30 @@ def test_c_gets_the_same(recorded, same_addresses, monkeypatch: pytest.MonkeyPat
     assert [len(relaunches) for relaunches in memory.values()] == ([2, 2, 3] if in_either else [2, 3])
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_c_gets_the_same_for_a_packed_gradient(
-    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, dim: int
+    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, dim: int, by_head: bool
 ) -> None:
     monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", LONG)
     memory: dict = {}
-    columns = {f"{name}_at": i * H * dim for i, name in enumerate("uvqk")}
+    places = {
+        name: Slice(*(i * dim, 4 * dim) if by_head else (i * H * dim, dim), True) for i, name in enumerate("uvqk")
+    }
 
     def launched(memory: dict | None, tensors: list[torch.Tensor], call: dict[str, Any]) -> list[tuple]:
         same_addresses()
         passed.clear()
-        attention_sm90.silu_backward(*tensors, columns=columns, memory=memory, **call)
+        dout, du, x, q, k, v, dx = tensors
+        into = {name: (place.of(dx, H, dim), place.of(x, H, dim)) for name, place in places.items()}
+        of_attention = [into["q"], (into["k"][0], None), into["v"]]
+        attention_sm90.silu_backward(dout, q, k, v, of_attention, (du, into["u"]), memory=memory, **call)
         return list(map(without_hooks, passed))
 
     for lengths in STEPS:
         (v, q, k, dout), call = inputs(lengths, dim)
-        x, du, dx = (EMPTY(len(q), width * H * dim, dtype=torch.bfloat16) for width in (4, 1, 4))
+        x, dx = (EMPTY(len(q), 4 * H * dim, dtype=torch.bfloat16) for _ in range(2))
+        du = EMPTY(len(q), H, dim, dtype=torch.bfloat16)
         again, public = (launched(each, [dout, du, x, q, k, v, dx], call) for each in (memory, None))
         in_one = dim == 64 and sum(lengths) // len(lengths) >= LONG
         assert len(again) == 2 + (1 if in_one else 2)

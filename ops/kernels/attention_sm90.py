@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors, run
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
+from hstu_compile.ops.kernels.silu_backward import Into, silu_backward_launch
 from hstu_compile.ops.kernels.slots import slots_of
+from hstu_compile.ops.kernels.strides import evenly_apart
 
 MAX_DIM = 256
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
@@ -155,41 +156,37 @@ def backward(
 
 def silu_backward(
     dout: Tensor,
-    du: Tensor | None,
-    x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dx: Tensor,
+    into: Sequence[Into],
+    of_u: tuple[Tensor, Into] | None = None,
     *,
-    columns: dict[str, int],
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
 ) -> None:
-    """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); keywords as in `backward`.
+    """The gradients of q, k and v where they belong, or instead of them those of what they are the silu of; keywords as
+    in `backward`.
 
-    du: None leaves the columns of u as they are.
-    x, dx: contiguous.
-    columns: of x at which they begin: u_at, q_at, k_at and v_at.
+    of_u: the gradient of u, and where it goes.
     """
-    if not dx.numel():
+    if not q.numel():
         return
     extent = extent_of(q, call)
     scratch, num_zeros = backward_scratch(q, v, extent, call)
-    grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
-    of_u = () if du is None else u_slices(du, x, dx, columns["u_at"])
+    grads, silu_of = zip(*into, strict=True)
+    du, into_u = (None, ()) if of_u is None else (evenly_apart(of_u[0]), of_u[1])
 
     def launches() -> list[Launch]:
         zeros = kernels().zero_launch(grads, call["seq_offsets"], extent, scratch[0], num_zeros)
         args = dout, q, k, v, *grads, scratch, processors(q.device)
         of_attention = backward_launches(*args, silu_of, **call)
-        return [zeros, *of_attention, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
+        return [zeros, *of_attention, *([] if du is None else [silu_backward_launch(du, into_u, extent)])]
 
-    layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
-    layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
-    key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
-    tensors = [dout, q, k, v, *grads, *silu_of, *of_u, *scratch, *per_sequence(call)]
-    run(remembered(memory, call), key, tensors, extent, launches)
+    given = [dout, *grads, *silu_of, du, *into_u]
+    layouts = [None if t is None else (t.dtype, t.shape[1:], t.stride()) for t in given]
+    key = (*layouts, in_one_kernel(filled_dim(q, v), extent, call))
+    run(remembered(memory, call), key, [q, k, v, *given, *scratch, *per_sequence(call)], extent, launches)
 
 
 def forward_launches(
@@ -367,8 +364,8 @@ def filled_dim(q: Tensor, v: Tensor) -> int:
 
 
 def result_of(out: Tensor, silu_of: Tensor | None = None) -> Any:
-    """[..., heads, dim] with heads side by side, all rows evenly apart."""
-    return kernels().result(out, out.stride(-3), silu_of)
+    """[..., heads, dim], all rows evenly apart."""
+    return kernels().result(out, out.stride(-3), kernels().portable.constant(out.stride(-2)), silu_of)
 
 
 def num_sequences(q: Tensor, call: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ The mask family, a mask tensor and a bias are fused; rows, heads and sequences m
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask, occupied_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
+from hstu_compile.ops.kernels.silu_backward import Into, silu_backward_launch
 from hstu_compile.ops.kernels.slots import Slots, slots_of
+from hstu_compile.ops.kernels.strides import evenly_apart
 from hstu_compile.ops.kernels.zero_tail import zero_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,27 +81,27 @@ def backward(
 
 def silu_backward(
     dout: Tensor,
-    du: Tensor | None,
-    x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dx: Tensor,
+    into: Sequence[Into],
+    of_u: tuple[Tensor, Into] | None = None,
     *,
-    columns: dict[str, int],
     memory: dict[Hashable, Any] | None = None,
     **arguments: Any,
 ) -> None:
-    """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); see attention_sm90 and `forward`."""
+    """The gradients of q, k and v, or of what they are the silu of, and of u: see attention_sm90 and `forward`."""
     call = Call(q, k, v, **arguments)
-    grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
+    grads = tuple(grad for grad, _ in into)
     call.gradients(dout, *grads)
-    with torch.cuda.device_of(x):
-        for grad, of in zip(grads, silu_of, strict=True):
-            silu_backward_launch(grad.flatten(-2), of.flatten(-2), grad.flatten(-2), call.extent)()
+    with torch.cuda.device_of(q):
+        for grad, silu_of in into:
+            if silu_of is not None:
+                silu_backward_launch(grad, (grad, silu_of), call.extent)()
         zero_tail(grads, arguments["seq_offsets"])
-        if du is not None:
-            silu_backward_launch(*u_slices(du, x, dx, columns["u_at"]), call.extent)()
+        if of_u is not None:
+            du, into_u = of_u
+            silu_backward_launch(evenly_apart(du), into_u, call.extent)()
 
 
 class Call:

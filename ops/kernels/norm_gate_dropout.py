@@ -113,7 +113,7 @@ def backward(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
     du: Tensor | None = None, memory: dict[Hashable, Any] | None = None, **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """da, du, dweight, dbias; see `forward`. du: [T, W], columns contiguous, to be filled; None: make one."""
+    """da, du, dweight, dbias; see `forward`. du: like u, columns contiguous, to be filled; None: make one."""
     extent, groups = Extent(a.shape[0]), named["num_groups"]
     da, dweight, dbias = (
         None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, weight, bias)
@@ -154,7 +154,10 @@ def backward_launches(
     tile, programs = tile_and_programs(dy, a, u, named)
     tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
     sizes = functools.partial(backward_sizes, programs, constants["GROUPS"])
-    du_row = du.stride(0)
+    du_row, du_head, du_head_dim = strides_and_columns(du)
+    if du_head in (0, du_head_dim):
+        du_head, du_head_dim = 0, constants["GROUPS"] * constants["WIDTH"]
+    constants |= {"DU_HEAD": du_head, "DU_HEAD_DIM": du_head_dim}
     arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars, du_row)
     first = Launch(backward_kernel, sizes(extent)[0], arguments, constants | tile, sizes)
     return [first] if shares is None else [first, *sum_launches(shares, dweight, dbias, programs, extent)]

@@ -127,7 +127,7 @@ def backward_kernel(
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BUFFERS: tl.constexpr,
+    DU_HEAD: tl.constexpr, DU_HEAD_DIM: tl.constexpr, BUFFERS: tl.constexpr,
 ):  # fmt: skip
     """shares [2, programs, GROUPS * WIDTH]: each program's part of dweight and dbias, or None without affine."""
     program, programs = tl.program_id(0) // GROUPS, tl.num_programs(0) // GROUPS
@@ -176,7 +176,8 @@ def backward_kernel(
             dx += get(dy, at, inside, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
         packed = tile_offsets(rows, cols, ROW_WIDTH, 0, ROW_WIDTH)
         tl.store(da + packed, dx.to(da.dtype.element_ty), mask=inside)
-        tl.store(du + tile_offsets(rows, cols, du_row, 0, ROW_WIDTH), dg.to(du.dtype.element_ty), mask=inside)
+        to = tile_offsets(rows, cols, du_row, DU_HEAD, DU_HEAD_DIM)
+        tl.store(du + to, dg.to(du.dtype.element_ty), mask=inside)
         if shares is not None:
             dweight += dnorm * xhat
             dbias += dnorm

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch
+from hstu_compile.ops.kernels.strides import in_one_piece
 
 PROGRAMS = 64
 BLOCK = 1024
@@ -16,9 +17,11 @@ BLOCK = 1024
 
 @triton.jit(do_not_specialize=["total_rows", "batch", "num_counters"])
 def zero_tail_kernel(
-    outs, strides, widths, seq_offsets_ptr, total_rows, batch, counters_ptr, num_counters, BLOCK: tl.constexpr
-):
-    """One launch for all results of a call: pointers, from row to row, elements of a row. And for its counters."""
+    outs, strides, widths, seq_offsets_ptr, total_rows, batch, counters_ptr, num_counters, pieces, steps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One launch for all results of a call: pointers, from row to row, elements of a piece, pieces of a row, from piece
+    to piece. And for its counters."""
     if counters_ptr is not None:
         for start in range(tl.program_id(0) * BLOCK, num_counters, tl.num_programs(0) * BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -27,14 +30,16 @@ def zero_tail_kernel(
         first = tl.load(seq_offsets_ptr + batch).to(tl.int64)
         for row in range(first + tl.program_id(0), total_rows, tl.num_programs(0)):
             for i in tl.static_range(len(outs)):
-                for start in range(0, widths[i], BLOCK):
-                    cols = start + tl.arange(0, BLOCK)
-                    zeros = tl.zeros((BLOCK,), outs[i].dtype.element_ty)
-                    tl.store(outs[i] + row * strides[i] + cols, zeros, mask=cols < widths[i])
+                for piece in range(pieces[i]):
+                    for start in range(0, widths[i], BLOCK):
+                        cols = start + tl.arange(0, BLOCK)
+                        zeros = tl.zeros((BLOCK,), outs[i].dtype.element_ty)
+                        begin = outs[i] + row * strides[i] + piece * steps[i]
+                        tl.store(begin + cols, zeros, mask=cols < widths[i])
 
 
 def zero_tail(outs: tuple[Tensor, ...], seq_offsets: Tensor | None) -> None:
-    """outs [T, H, D], a row in one piece: zero the rows from seq_offsets[-1] on, not read back to the host."""
+    """outs [T, H, D], a head in one piece: zero the rows from seq_offsets[-1] on, not read back to the host."""
     outs = tuple(out for out in outs if out.numel())
     if outs and seq_offsets is not None:
         with torch.cuda.device_of(outs[0]):
@@ -49,12 +54,15 @@ def zero_launch(
     num_counters: Callable[[Extent], int] | None = None,
 ) -> Launch:
     """Zeros the rows of no sequence (dense: none) and int32 counters, as many for any extent if not said otherwise."""
-    strides, widths = tuple(out.stride(0) for out in outs), tuple(out.shape[-2] * out.shape[-1] for out in outs)
+    strides = tuple(out.stride(0) for out in outs)
+    pieces = tuple(1 if in_one_piece(out) else out.shape[-2] for out in outs)
+    steps = tuple(0 if in_one_piece(out) else out.stride(-2) for out in outs)
+    widths = tuple(out.shape[-2:].numel() // count for out, count in zip(outs, pieces, strict=True))
     number = 0 if counters is None else counters.numel()
     sizes = functools.partial(zero_sizes, number if num_counters is None else num_counters)
     programs, numbers = sizes(extent)
     total_rows, batch, number = numbers.values()
-    arguments = (outs, strides, widths, seq_offsets, total_rows, batch, counters, number)
+    arguments = (outs, strides, widths, seq_offsets, total_rows, batch, counters, number, pieces, steps)
     return Launch(zero_tail_kernel, programs, arguments, {"BLOCK": BLOCK}, sizes)
 
 
