@@ -63,8 +63,6 @@ def find(attention: fx.Node, x: fx.Node, parts: dict[str, Part]) -> Gate | None:
     named = dict(zip(PARAMETERS, gate.args[OTHERS:], strict=True))
     if u.silu is not None and named["activation"] != "none":
         raise Misfit(f"the gate applies {named['activation']} to silu(u)", "u as it is, without a second activation")
-    if u.silu is not None and named["concat_u"]:
-        raise Misfit("silu(u) is part of the gate's result")
     row, width = value(attention).shape[-2:].numel(), value(gate.args[A]).shape[1:].numel()
     run = width // named["num_groups"]
     if width != row:  # the same numbers, in longer or shorter rows
@@ -134,7 +132,8 @@ def rewrite(attention: fx.Node, x: fx.Node, parts: dict[str, Part], gate: Gate) 
     operands = [operand(role) for role in "qkv"]
     changed: dict[str, Any] = {"num_groups": gate.num_groups}
     if parts["u"].silu is not None:
-        changed["activation"] = "silu"
+        joined = end.args[OTHERS + PARAMETERS.index("concat_u")]
+        changed |= {"activation": "silu", "concat_activated": joined}
     others = [changed.get(name, given) for name, given in zip(PARAMETERS, end.args[OTHERS:], strict=True)]
     args = (x, *operands, *attention.args[3:], *as_arguments(gate.slices), *end.args[WEIGHT:OTHERS], *others)
     call = torch.ops.hstu_compile.gated_silu_attention.default

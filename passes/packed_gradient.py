@@ -70,21 +70,21 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every attention whose gradients can be packed; returns how many."""
     fused = 0
     for attention in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-        x, others = _cut(attention)
-        if x is None:
+        candidates, others = _cut(attention)
+        if not candidates:
             continue
+        x = candidates[0]
         where = source_line(next((user for user in x.users if is_call(user, aten.silu.default)), x))
         if others:
             _report_changed(report, attention, x, others[0], where)
             continue
-        try:
-            packed = _find(attention, x)
-        except Misfit as misfit:
-            report.add(Region(NAME, WHAT.format("slices"), where, misfit.reason, change=misfit.change))
+        packed = _first(attention, candidates)
+        if isinstance(packed, Misfit):
+            report.add(Region(NAME, WHAT.format("slices"), where, packed.reason, change=packed.change))
             continue
         what = WHAT.format(packed.in_words())
         try:
-            gate = packed_gate.find(attention, x, packed.parts)
+            gate = packed_gate.find(attention, packed.x, packed.parts)
         except Misfit as misfit:
             report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
             gate = None
@@ -92,7 +92,7 @@ def run(gm: fx.GraphModule, report: Report) -> int:
             if gate is None:
                 _rewrite(packed)
             else:
-                packed_gate.rewrite(attention, x, packed.parts, gate)
+                packed_gate.rewrite(attention, packed.x, packed.parts, gate)
                 what = f"{what} -> gate"
         except Misfit as misfit:
             report.add(Region(NAME, what, where, misfit.reason, change=misfit.change))
@@ -102,27 +102,26 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     return fused
 
 
-def _cut(attention: fx.Node) -> tuple[fx.Node | None, list[str]]:
-    """What q, k and v are slices of, before silu; and which of them are not, where others are."""
+def _cut(attention: fx.Node) -> tuple[list[fx.Node], list[str]]:
+    """What q, k and v are slices of, before silu, the nearest first; and which of them are not, where others are."""
     rows = {role: _rows_behind(operand) for role, operand in zip("qkv", attention.args, strict=False)}  # type: ignore[arg-type]
     nodes = [node for found in rows.values() for node in found]
     if not nodes:
-        return None, []
-    x = max(nodes, key=nodes.count)
-    for node in behind(x):
-        if node not in nodes or not same(value(node).numel(), value(x).numel()):
-            break
-        if is_call(node, aten.silu.default) and node.args[0] in nodes:
-            x = node.args[0]  # type: ignore[assignment]
-            break
-    return x, [role for role, found in rows.items() if x not in found]
+        return [], []
+    most = max(map(nodes.count, nodes))
+    common = [node for node in dict.fromkeys(nodes) if nodes.count(node) == most]
+    before_silu = [n for n in common if not (is_call(n, aten.silu.default) and n.args[0] in common)]
+    return before_silu, [role for role, found in rows.items() if before_silu[0] not in found]
 
 
 def _rows_behind(operand: fx.Node) -> list[fx.Node]:
     """What q, k or v, [.., H, D], is a part of, and that is [.., W]."""
-    lead, size = shape(operand)[:-2], value(operand).numel()
-    found = [node for node in behind(operand) if is_tensor(node) and same_shape(shape(node)[:-1], lead)]
-    return [node for node in found if not same(value(node).numel(), size)]
+    lead = shape(operand)[:-2]
+    return [node for node in behind(operand) if _is_larger(node, operand) and same_shape(shape(node)[:-1], lead)]
+
+
+def _is_larger(node: fx.Node, part: fx.Node) -> bool:
+    return is_tensor(node) and not same(value(node).numel(), value(part).numel())
 
 
 def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, where: str) -> None:
@@ -140,6 +139,17 @@ def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, w
         report.add(Region(NAME, WHAT.format("slices"), where, reason, change=change))
 
 
+def _first(attention: fx.Node, candidates: list[fx.Node]) -> Packed | Misfit:
+    """Of the first that fits; else why the nearest does not."""
+    reasons = []
+    for x in candidates:
+        try:
+            return _find(attention, x)
+        except Misfit as misfit:
+            reasons.append(misfit)
+    return reasons[0]
+
+
 def _find(attention: fx.Node, x: fx.Node) -> Packed:
     if attention.args[ATTN_BIAS] is not None:
         raise Misfit("the attention has a bias, whose gradient has no place in that of x")
@@ -149,7 +159,7 @@ def _find(attention: fx.Node, x: fx.Node) -> Packed:
         raise Misfit(f"the projection gives {value(x).dtype}, the attention {value(attention).dtype}")
     if not same(value(x).stride(-1), 1):
         raise Misfit(f"the columns of {spoken(x)} do not stand side by side")
-    pieces = _pieces(x)
+    pieces = _pieces(x, attention)
     parts = {}
     for role, operand in zip("qkv", attention.args, strict=False):
         parts[role] = Part(operand, *columns_of(operand, x))  # type: ignore[arg-type]
@@ -164,9 +174,11 @@ def _find(attention: fx.Node, x: fx.Node) -> Packed:
     return Packed(attention, x, parts)
 
 
-def _pieces(x: fx.Node) -> list[fx.Node]:
-    """The first views of x, or of its silu, that hold some of its numbers only, where they are used; nobody uses the
-    whole."""
+def _pieces(x: fx.Node, attention: fx.Node) -> list[fx.Node]:
+    """What x is cut into, or its silu, where that is used: what is behind two of q, k and v is cut again; nobody uses
+    the whole of x."""
+    qkv: list[fx.Node] = list(attention.args[:3])  # type: ignore[arg-type]
+    behind_each = [node for operand in qkv for node in between(operand, x) if _is_larger(node, operand)]
     pieces, todo = [], [(x, False)]
     while todo:
         node, activated = todo.pop()
@@ -177,7 +189,8 @@ def _pieces(x: fx.Node) -> list[fx.Node]:
                     f"all of {spoken(node)} has another use: {spoken(user)} at {source_line(user)}",
                     "read its slices only",
                 )
-            if not is_tensor(user) or same(value(user).numel(), value(x).numel()):
+            is_whole = not is_tensor(user) or same(value(user).numel(), value(x).numel())
+            if is_whole or behind_each.count(user) > 1:
                 todo.append((user, activated or silu))
             elif real_users(user):
                 pieces.append(user)

@@ -53,6 +53,7 @@ def gate(affine: str = "both", ratio: float = 0.0, dtype: torch.dtype = torch.fl
         "activation": "silu",
         "gate_first": False,
         "concat_u": False,
+        "concat_activated": False,
     }
     named |= {"concat_x": False, "concat_norm": False, "dropout_ratio": ratio, "out_dtype": dtype, **given}
     seed = torch.tensor([7], device=DEVICE) if ratio else None
@@ -134,7 +135,8 @@ def test_gates(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "given",
     [{}, {"rms": True}, {"gate_first": True}, {"concat_x": True, "concat_norm": True},
-     {"activation": "sigmoid", "concat_u": True}, {"ratio": 0.25, "concat_x": True}],
+     {"activation": "sigmoid", "concat_u": True}, {"ratio": 0.25, "concat_x": True},
+     {"concat_u": True, "concat_activated": True}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("order", ORDERS)

@@ -55,8 +55,8 @@ def _affine_strides(t: Tensor | None, groups: int, width: int) -> tuple[int, int
 
 def kernel_arguments(
     a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
-    norm_eps: float, num_groups: int, rms: bool, activation: str, gate_first: bool, concat_u: bool, concat_x: bool,
-    concat_norm: bool, dropout_ratio: float, out_dtype: torch.dtype,
+    norm_eps: float, num_groups: int, rms: bool, activation: str, gate_first: bool, concat_u: bool,
+    concat_activated: bool, concat_x: bool, concat_norm: bool, dropout_ratio: float, out_dtype: torch.dtype,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
     """Tensors, scalars and compile-time values, as both kernels take them; the tile is each kernel's own."""
     width = a.shape[1:].numel() // num_groups
@@ -74,7 +74,7 @@ def kernel_arguments(
     constants = dict(
         GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a_head_dim, U_HEAD_DIM=u_head_dim,
         AFFINE_GROUP=group_stride, AFFINE_COLUMN=column_stride, RMS=rms, ACTIVATION=activation, GATE_FIRST=gate_first,
-        CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
+        CONCAT_U=concat_u, CONCAT_ACTIVATED=concat_activated, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
     )  # fmt: skip
     return (a, u, weight, bias, seed), scalars, constants
 
