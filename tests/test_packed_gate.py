@@ -12,7 +12,8 @@ import hstu_compile
 from hstu_compile.ops import hstu_attention
 from hstu_compile.passes.report import Report
 from tests.error_budget import BACKWARD, FORWARD, assert_within_budget
-from tests.test_packed_gradient import B, D, E, H, N, W, calls, values_and_gradients
+from tests.models.packed_slices import B, D, H, N, W
+from tests.test_packed_gradient import E, calls, values_and_gradients
 from tests.without_codegen import Compiled, inductor_without_codegen
 
 OPS = torch.ops.hstu_compile

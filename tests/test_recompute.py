@@ -35,11 +35,12 @@ class Layer:
     norm: int
     projection: int
     activation: int
-    backward: tuple[Any, ...] = (GATE_BACKWARD, ATTENTION_BACKWARD)
+    backward: tuple[Any, ...]
 
 
-def one(name: str, projection: int, activation: int) -> Layer:
-    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation)
+def one(name: str, projection: int, activation: int, *backward: Any) -> Layer:
+    calls = backward or (GATE_BACKWARD, ATTENTION_BACKWARD)
+    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation, calls)
 
 
 def native(dropout_ratio: float) -> Layer:
@@ -50,8 +51,8 @@ def native(dropout_ratio: float) -> Layer:
 LAYERS = {
     "native": native(0.0),
     "native with dropout": native(0.2),
-    "meta_stu": one("meta_stu", 48, 16),  # silu on u alone
-    "nvidia_native": one("nvidia_native", 64, 64),
+    "meta_stu": one("meta_stu", 48, 0, GATED_BACKWARD),  # silu on u alone
+    "nvidia_native": one("nvidia_native", 64, 48, GATED_BACKWARD),
     "research unbroken": one("research unbroken", 48, 48),
     "four linears": one("four linears", 64, 48),
 }
@@ -113,8 +114,9 @@ def test_an_activation_is_saved_in_its_own_dtype(inductor: Compiled) -> None:
     layer = LAYERS["native"]
     x, lengths = layer.arguments
     half = Layer(
-        lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, layer.activation
-    )
+        lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, layer.activation,
+        layer.backward,
+    )  # fmt: skip
     plain, recomputed = step(half, {}, inductor), step(half, SILU, inductor)
     assert plain.saved_bytes - recomputed.saved_bytes == layer.activation * x.shape[:-1].numel() * 2
     assert all(torch.equal(a, b) for a, b in zip(plain.values, recomputed.values, strict=True))
