@@ -22,9 +22,13 @@ class Slice(NamedTuple):
 
     def of(self, x: Tensor, heads: int, dim: int) -> Tensor:
         """A view of these columns, [.., heads, dim]."""
-        if self.head_stride == dim:
-            return x.narrow(-1, self.at, heads * dim).unflatten(-1, (heads, dim))
-        return x.narrow(-1, self.at, (heads - 1) * self.head_stride + dim).unfold(-1, dim, self.head_stride)
+        begin = self.first(heads, x.shape[-1])
+        steps = x.narrow(-1, begin, heads * self.head_stride).unflatten(-1, (heads, self.head_stride))
+        return steps if self.head_stride == dim else steps.narrow(-1, self.at - begin, dim)
+
+    def first(self, heads: int, columns: int) -> int:
+        """At which column so many steps from head to head begin that hold the slice, of as many columns as x has."""
+        return min(self.at, columns - heads * self.head_stride)
 
 
 def as_arguments(slices: dict[str, Slice]) -> tuple:
@@ -59,6 +63,8 @@ def check_slices(x: Tensor, places: tuple, tensors: dict[str, Tensor], **names: 
         for size, rows in zip(t.shape, lead, strict=False):
             expect_same(size, rows, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(lead)} as in x")
         number, dim = t.shape[-2:]
+        expected = f"at most 1 / {number} of the columns of x, {x.shape[-1]}"
+        expect(number * one.head_stride <= x.shape[-1], f"{role}_head_stride", one.head_stride, expected)
         heads += [(one.at + i * one.head_stride, dim, role, i) for i in range(number)]
     end = 0
     for begin, dim, role, i in sorted(heads):

@@ -119,10 +119,13 @@ def rewrite(attention: fx.Node, x: fx.Node, parts: dict[str, Part], gate: Gate) 
         # One of its own for each: of a silu of all three that is not saved, Inductor makes a copy for each slice.
         heads, dim = shape(part.node)[-2:]
         by_heads = at.head_stride != dim
-        columns = (heads - 1) * at.head_stride + dim
-        piece = insert_call(graph, end, aten.slice.Tensor, (x, -1, at.at, at.at + columns), like=silu)
+        begin = at.first(heads, shape(x)[-1])  # type: ignore[arg-type]
+        piece = insert_call(graph, end, aten.slice.Tensor, (x, -1, begin, begin + heads * at.head_stride), like=silu)
         if by_heads:
-            piece = insert_call(graph, end, aten.unfold.default, (piece, -1, dim, at.head_stride), like=silu)
+            piece = insert_call(graph, end, aten.unflatten.int, (piece, -1, [heads, at.head_stride]), like=silu)
+            piece = insert_call(
+                graph, end, aten.slice.Tensor, (piece, -1, at.at - begin, at.at - begin + dim), like=silu
+            )
         activated = insert_call(graph, end, aten.silu.default, (piece,), like=silu)
         activated.meta |= {key: silu.meta[key] for key in (ROLE, LAYER) if key in silu.meta}
         if by_heads:

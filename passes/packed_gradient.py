@@ -227,9 +227,12 @@ def _u_of(piece: fx.Node, x: fx.Node) -> fx.Node:
 
 def _check_all(parts: dict[str, Part], x: fx.Node) -> None:
     """The parts are all columns of x, each once."""
+    width = shape(x)[-1]
     columns = sorted(column for part in parts.values() for column in part.columns.each())
-    if not same_shape((len(columns),), shape(x)[-1:]) or columns != list(range(len(columns))):
+    if not isinstance(width, int) or columns != list(range(width)):
         raise Misfit("u, q, k and v are not all columns of x, each once", "split all of it into these four")
+    if any(size * step > width for part in parts.values() for size, step in part.columns.dims):
+        raise Misfit("the heads of u, q, k or v are not a part of x each")
 
 
 def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
