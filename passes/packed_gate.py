@@ -21,6 +21,7 @@ from hstu_compile.passes.graph import (
     insert_call,
     is_call,
     real_users,
+    same,
     same_shape,
     shape,
     value,
@@ -97,9 +98,9 @@ def refuse_writes(x: fx.Node, parts: dict[str, Part], last: fx.Node) -> None:
     silus = {part.silu for part in parts.values() if part.silu is not None}
     made = {node for part in parts.values() for node in between(part.node, x)}
     first, end = min(map(nodes.index, made)), nodes.index(last)
-    of_x = [part for part in parts.values() if part.silu is None]  # written later, what the backward reads is another
+    reads_x = any(part.silu is None for part in parts.values())  # and the backward reads it again
     for i, node in enumerate(nodes[first:], first):
-        written = any(writes_to(node, silu) for silu in silus) or ((i < end or of_x) and writes_to(node, x))
+        written = any(writes_to(node, silu) for silu in silus) or ((i < end or reads_x) and writes_to(node, x))
         if written:
             raise Misfit(
                 f"written in place by {spoken(node)} at {source_line(node)}", "write into a copy, or after the gate"
@@ -114,7 +115,7 @@ def rewrite(attention: fx.Node, x: fx.Node, parts: dict[str, Part], gate: Gate) 
 
     def operand(role: str) -> fx.Node:
         part, silu, at = parts[role], parts[role].silu, gate.slices[role]
-        if silu is None or value(silu).numel() == value(part.node).numel():
+        if silu is None or same(value(silu).numel(), value(part.node).numel()):
             return part.node
         # One of its own for each: of a silu of all three that is not saved, Inductor makes a copy for each slice.
         heads, dim = shape(part.node)[-2:]
@@ -123,9 +124,8 @@ def rewrite(attention: fx.Node, x: fx.Node, parts: dict[str, Part], gate: Gate) 
         piece = insert_call(graph, end, aten.slice.Tensor, (x, -1, begin, begin + heads * at.head_stride), like=silu)
         if by_heads:
             piece = insert_call(graph, end, aten.unflatten.int, (piece, -1, [heads, at.head_stride]), like=silu)
-            piece = insert_call(
-                graph, end, aten.slice.Tensor, (piece, -1, at.at - begin, at.at - begin + dim), like=silu
-            )
+            own = at.at - begin
+            piece = insert_call(graph, end, aten.slice.Tensor, (piece, -1, own, own + dim), like=silu)
         activated = insert_call(graph, end, aten.silu.default, (piece,), like=silu)
         activated.meta |= {key: silu.meta[key] for key in (ROLE, LAYER) if key in silu.meta}
         if by_heads:

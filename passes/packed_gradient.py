@@ -78,28 +78,28 @@ def run(gm: fx.GraphModule, report: Report) -> int:
         if others:
             _report_changed(report, attention, x, others[0], where)
             continue
-        packed = _first(attention, candidates)
-        if isinstance(packed, Misfit):
-            report.add(Region(NAME, WHAT.format("slices"), where, packed.reason, change=packed.change))
-            continue
-        what = WHAT.format(packed.in_words())
         try:
-            gate = packed_gate.find(attention, packed.x, packed.parts)
+            what = _pack(_first(attention, candidates), where, report)
         except Misfit as misfit:
-            report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
-            gate = None
-        try:
-            if gate is None:
-                _rewrite(packed)
-            else:
-                packed_gate.rewrite(attention, packed.x, packed.parts, gate)
-                what = f"{what} -> gate"
-        except Misfit as misfit:
-            report.add(Region(NAME, what, where, misfit.reason, change=misfit.change))
+            report.add(Region(NAME, WHAT.format("slices"), where, misfit.reason, change=misfit.change))
             continue
         report.add(Region(NAME, what, where, kernel="the attention's own"))
         fused += 1
     return fused
+
+
+def _pack(packed: Packed, where: str, report: Report) -> str:
+    """Rewrite the attention, with its gate where that fits; what it was, in words."""
+    what, gate = WHAT.format(packed.in_words()), None
+    try:
+        gate = packed_gate.find(packed.attention, packed.x, packed.parts)
+    except Misfit as misfit:
+        report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
+    if gate is None:
+        _rewrite(packed)
+        return what
+    packed_gate.rewrite(packed.attention, packed.x, packed.parts, gate)
+    return f"{what} -> gate"
 
 
 def _cut(attention: fx.Node) -> tuple[list[fx.Node], list[str]]:
@@ -139,15 +139,19 @@ def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, w
         report.add(Region(NAME, WHAT.format("slices"), where, reason, change=change))
 
 
-def _first(attention: fx.Node, candidates: list[fx.Node]) -> Packed | Misfit:
-    """Of the first that fits; else why the nearest does not."""
+def _first(attention: fx.Node, candidates: list[fx.Node]) -> Packed:
+    """Of the first that fits.
+
+    Raises:
+        Misfit: none does; why the nearest does not.
+    """
     reasons = []
     for x in candidates:
         try:
             return _find(attention, x)
         except Misfit as misfit:
             reasons.append(misfit)
-    return reasons[0]
+    raise reasons[0]
 
 
 def _find(attention: fx.Node, x: fx.Node) -> Packed:

@@ -231,6 +231,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"u_at": 1}, "u_at is 1, expected head 0 of u at column 0: u, q, k and v are all columns of x"),
     ({"k_at": places("uvqk")["q"].at}, "k_at is 128|q_at is 128"),
     ({"v_head_stride": 33}, "v_head_stride is 33, expected head 1 of v at column 96"),
+    ({"q_head_stride": 97}, "q_head_stride is 97, expected at most 1 / 2 of the columns of x, 192"),
     ({"activated": "uvw"}, "activated is uvw, expected some of uqkv"),
     ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),
     ({"x": torch.ones(60, W)}, "shape of d?u"),
