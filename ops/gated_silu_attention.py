@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from hstu_compile.ops.composite import register_composite, save_inputs, saved_inputs
-from hstu_compile.ops.hstu_attention import PARAMETERS, SCHEMA
+from hstu_compile.ops.hstu_attention import ATTN_BIAS, PARAMETERS, SCHEMA
 from hstu_compile.ops.norm_gate_dropout import GATE_SCHEMA, norm_gate_dropout_gradients
 from hstu_compile.ops.norm_gate_dropout import PARAMETERS as GATE_PARAMETERS
 from hstu_compile.ops.packed_slices import PLACES, PLACES_SCHEMA, Slice, as_arguments, from_arguments
-from hstu_compile.ops.silu_attention import check_call, fill_gradient
+from hstu_compile.ops.silu_attention import check_call, empty_bias_grad, fill_gradient
 
 _SCHEMA = f"Tensor x, {SCHEMA}, {PLACES_SCHEMA}, {GATE_SCHEMA}"
 torch.library.define("hstu_compile::gated_silu_attention", f"({_SCHEMA}) -> Tensor")
 torch.library.define(
-    "hstu_compile::gated_silu_attention_backward", f"(Tensor dy, Tensor a, {_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+    "hstu_compile::gated_silu_attention_backward",
+    f"(Tensor dy, Tensor a, {_SCHEMA}, bool needs_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 # Among the arguments after x: the attention's, places, the gate's tensors, the gate's others.
@@ -43,14 +44,14 @@ def gated_silu_attention(
     slices: dict[str, Slice],
     gate: dict[str, Any],
 ) -> Tensor:
-    """norm_gate_dropout(hstu_attention(q, k, v), x's columns of u); the one gradient is that of x.
+    """norm_gate_dropout(hstu_attention(q, k, v), x's columns of u); the one gradient of u, q, k and v is that of x.
 
     Args:
         x: [T, W] (jagged) or [B, N, W] (dense), any strides. q, k and v are slices of it or of silu(x), u is the rest
             of x, of as many heads as v and as wide.
         q, k, v: as in `hstu_attention`; for autograd they are functions of x that this op differentiates.
         weight, bias, seed: as in `norm_gate_dropout`.
-        attention: all of `hstu_attention.PARAMETERS`. attn_bias is None; attn_mask comes with its mask_tile_states.
+        attention: all of `hstu_attention.PARAMETERS`. attn_mask comes with its mask_tile_states.
         slices: where u, q, k and v lie in x, by their names, and which of q, k and v are slices of silu(x).
         gate: all of `norm_gate_dropout.PARAMETERS`; the activation is applied to u as it is in x, before silu.
 
@@ -114,13 +115,15 @@ def _forward(x, *args):
 
 @torch.library.register_fake("hstu_compile::gated_silu_attention_backward")
 def _backward_fake(dy, a, x, *args):
+    args, needs_bias_grad = args[:-1], args[-1]
     _check(x, args)
     affine = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[_WEIGHT : _WEIGHT + 2])
-    return x.new_empty(x.shape), *affine
+    return x.new_empty(x.shape), *affine, empty_bias_grad(a, args[3:], needs_bias_grad)
 
 
 @torch.library.impl("hstu_compile::gated_silu_attention_backward", ("CPU", "CUDA"))
 def _backward(dy, a, x, *args):
+    args, needs_bias_grad = args[:-1], args[-1]
     given = _split(args)
     x = x.contiguous()
     dx = torch.empty_like(x)
@@ -129,8 +132,8 @@ def _backward(dy, a, x, *args):
     operands = _rows(a), _rows_of_u(u), weight, bias, seed
     da, _, dweight, dbias = norm_gate_dropout_gradients(dy, *operands, given.gate, du=_rows_of_u(du))
     q, k, v, *others = given.attention
-    fill_gradient(dx, da.view(a.shape), None, x, u, q, k, v, (*others, *given.places))
-    return dx, dweight, dbias
+    call = dx, da.view(a.shape), None, x, u, q, k, v, (*others, *given.places)
+    return dx, dweight, dbias, fill_gradient(*call, needs_bias_grad=needs_bias_grad)
 
 
 class _GatedSiluAttention(torch.autograd.Function):
@@ -144,10 +147,13 @@ class _GatedSiluAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         a, x, *inputs = saved_inputs(ctx)
-        dx, *affine = torch.ops.hstu_compile.gated_silu_attention_backward(dy, a, x, *inputs)
+        needs_bias_grad = ctx.needs_input_grad[1 + ATTN_BIAS]
+        gradients = torch.ops.hstu_compile.gated_silu_attention_backward(dy, a, x, *inputs, needs_bias_grad)
+        dx, dweight, dbias, dattn_bias = gradients
         grads = [None] * len(inputs)
-        for at, grad in enumerate(affine, _WEIGHT):
+        for at, grad in ((_WEIGHT, dweight), (_WEIGHT + 1, dbias)):
             grads[at] = None if inputs[at] is None else grad
+        grads[ATTN_BIAS] = dattn_bias if needs_bias_grad else None
         return dx, *grads
 
 

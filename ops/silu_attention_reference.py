@@ -24,18 +24,19 @@ def silu_attention_backward_reference(
     into: Sequence[Into],
     of_u: tuple[Tensor, Into] | None = None,
     *,
+    needs_bias_grad: bool,
     seq_offsets: Tensor | None = None,
     seq_lengths: Tensor | None = None,
     **attention,
-) -> None:
-    """Fill slices of dx; of_u: the gradient of u, and where it goes."""
+) -> Tensor | None:
+    """Fill slices of dx; of_u: the gradient of u, and where it goes. Returns the gradient of the bias, if asked for."""
     dtype = compute_dtype(q)
     grads = hstu_attention_backward_reference(
         *(t.to(dtype) for t in (dout, q, k, v)),
         seq_offsets=seq_offsets,
         seq_lengths=seq_lengths,
         **attention,
-        needs_bias_grad=False,
+        needs_bias_grad=needs_bias_grad,
     )
     unused = _unused(q, seq_offsets, seq_lengths)
     for grad, (dx, silu_of) in zip(grads[:3], into, strict=True):
@@ -44,6 +45,7 @@ def silu_attention_backward_reference(
     if of_u is not None:
         du, (dx, silu_of) = of_u
         dx.copy_(_times_silu_grad(du.to(dtype), silu_of))
+    return grads[3]
 
 
 def _times_silu_grad(grad: Tensor, x: Tensor | None) -> Tensor:

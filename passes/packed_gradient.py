@@ -4,9 +4,9 @@
 
 The backward of the slices would concatenate dq, dk, dv and du, that of silu multiply by silu'(x). The op writes them
 into their columns of one dx, multiplied where silu was applied: before the split, or to some of the slices, or to none.
-The forward stays what it is; u goes through the op for the sake of its gradient. After the output pass, which knows the
-end of a layer by its attention: where all that u meets is the gate of that attention, the two become one op that takes
-u before silu (packed_gate.py).
+The forward stays what it is, and a bias has a gradient of its own; u goes through the op for the sake of its gradient.
+After the output pass, which knows the end of a layer by its attention: where all that u meets is the gate of that
+attention, the two become one op that takes u before silu (packed_gate.py).
 """
 
 import operator
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from hstu_compile.ops.hstu_attention import ATTN_BIAS, ATTN_MASK, MASK_TILE_STATES
+from hstu_compile.ops.hstu_attention import ATTN_MASK, MASK_TILE_STATES
 from hstu_compile.ops.packed_slices import as_arguments
 from hstu_compile.passes import packed_gate
 from hstu_compile.passes.axes import RESHAPES
@@ -155,8 +155,6 @@ def _first(attention: fx.Node, candidates: list[fx.Node]) -> Packed:
 
 
 def _find(attention: fx.Node, x: fx.Node) -> Packed:
-    if attention.args[ATTN_BIAS] is not None:
-        raise Misfit("the attention has a bias, whose gradient has no place in that of x")
     if (attention.args[ATTN_MASK] is None) != (attention.args[MASK_TILE_STATES] is None):
         raise Misfit("the attention has a mask tensor without the states of its tiles")
     if value(x).dtype != value(attention).dtype:

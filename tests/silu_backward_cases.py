@@ -32,6 +32,7 @@ MASKS = {
     "causal": {},
     "targets": {"num_targets": [0.2, 0.0, 0.5, 0.0], "max_attn_len": 17},
     "full": {"causal": False},
+    "bias": {},
 }
 
 
@@ -89,12 +90,16 @@ def test_packed_gradient(dtype, dim, order, activated, layout, mask, one_kernel,
     call |= MASKS[mask]
     if "num_targets" in MASKS[mask]:
         call["num_targets"] = (where * torch.tensor(MASKS[mask]["num_targets"], device=DEVICE)).long()
+    has_bias = mask == "bias"
+    if has_bias:
+        call["attn_bias"] = torch.randn(1, 1, SCALE, SCALE, device=DEVICE).to(dtype)
     plain = {k: v for k, v in call.items() if k != "scale"} | {"scaling_seq_len": 100.0}
 
+    wide = {**plain, "attn_bias": plain["attn_bias"].double() if has_bias else None}
     exact_x = x.double()
     exact = parts(exact_x)
     grads = hstu_attention_backward_reference(
-        dout.double(), exact["q"], exact["k"], exact["v"], **plain, needs_bias_grad=False
+        dout.double(), exact["q"], exact["k"], exact["v"], **wide, needs_bias_grad=has_bias
     )
     want = torch.zeros_like(exact_x)
     silu_grad = exact_x.sigmoid() * (1 + exact_x * (1 - exact_x.sigmoid()))
@@ -102,8 +107,10 @@ def test_packed_gradient(dtype, dim, order, activated, layout, mask, one_kernel,
         part(name, want).copy_(grad * (part(name, silu_grad) if name in activated else 1))
     leaf = x.clone().requires_grad_()
     eager = parts(leaf)
-    out = eager_attention(eager["q"], eager["k"], eager["v"], **plain)
-    (theirs,) = torch.autograd.grad([out, eager["u"]], leaf, [dout, du])
+    bias = plain["attn_bias"].clone().requires_grad_() if has_bias else None
+    out = eager_attention(eager["q"], eager["k"], eager["v"], **{**plain, "attn_bias": bias})
+    leaves = [leaf, bias] if has_bias else [leaf]
+    theirs, *their_dbias = torch.autograd.grad([out, eager["u"]], leaves, [dout, du])
 
     x, dout = x.masked_fill(unused, NAN), dout.masked_fill(~used[..., None, None], NAN)
     act = parts(x)
@@ -118,9 +125,11 @@ def test_packed_gradient(dtype, dim, order, activated, layout, mask, one_kernel,
         first, again, without_u = (x.new_empty(x.shape) for _ in range(3))
         without_u[..., ~of_attention] = 7
         for dx, given in ((first, du), (again, du), (without_u, None)):
-            of_attention_into, of_u = [into(name, dx) for name in "qkv"], (given, into("u", dx))
-            qkv = act["q"], act["k"], act["v"]
-            kernel.silu_backward(dout, *qkv, of_attention_into, None if given is None else of_u, **call)
+            of_qkv, of_u = [into(name, dx) for name in "qkv"], None if given is None else (given, into("u", dx))
+            operands = dout, act["q"], act["k"], act["v"], of_qkv, of_u
+            dbias = kernel.silu_backward(*operands, needs_bias_grad=has_bias, **call)
+        if has_bias:
+            assert_within_budget(dbias, *their_dbias, grads[3], BACKWARD, f"{name}: the bias")
         assert torch.equal(first, again), f"{name} differs from run to run"
         assert (first[unused] == 0).all(), f"{name}: rows of no sequence"
         assert_within_budget(first, theirs, want.masked_fill(unused, 0), BACKWARD, name)

@@ -93,9 +93,10 @@ def eager(x: Tensor, order: str, call: dict[str, Any], gate: Gate) -> Tensor:
 
 def run(function: Any, x: Tensor, order: str, call: dict[str, Any], gate: Gate, dy: Tensor) -> list[Tensor]:
     """y and the gradients of x, weight and bias."""
-    leaves = [None if t is None else t.detach().to(x.dtype).requires_grad_() for t in (x, gate.weight, gate.bias)]
+    tensors = x, gate.weight, gate.bias, call["attn_bias"]
+    leaves = [None if t is None else t.detach().to(x.dtype).requires_grad_() for t in tensors]
     named = {**gate.named, "out_dtype": x.dtype}
-    y = function(leaves[0], order, call, Gate(named, leaves[1], leaves[2], gate.seed))
+    y = function(leaves[0], order, {**call, "attn_bias": leaves[3]}, Gate(named, leaves[1], leaves[2], gate.seed))
     return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))]
 
 
@@ -103,7 +104,7 @@ def check(x: Tensor, order: str, call: dict[str, Any], gate: Gate) -> None:
     dy = torch.randn(x.shape[:-1].numel(), WU, device=DEVICE).to(x.dtype)
     ours, theirs = run(fused, x, order, call, gate, dy), run(eager, x, order, call, gate, dy)
     exact = run(unfused, x.double(), order, call, gate, dy)
-    names = "y", "dx", "dweight", "dbias"
+    names = "y", "dx", "dweight", "dbias", "dattn_bias"
     for name, *triple in zip(names, ours, theirs, exact, strict=False):
         assert_within_budget(*triple, FORWARD if name == "y" else BACKWARD, name)
     assert ours[1].is_contiguous()
@@ -118,7 +119,7 @@ def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
     check(input_of(sum(LENGTHS), dtype, layout), order, jagged(**MASKS[mask]), gate())
 
 
-@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
+@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor", "bias"])
 def test_dense(kind: str) -> None:
     torch.manual_seed(1)
     check(input_of(33, torch.bfloat16, "dense"), "uvqk", dense(kind), gate())
@@ -194,11 +195,11 @@ def test_opcheck(order: str, layout: str, mask: str) -> None:
     arguments = op_arguments(x.detach().requires_grad_(), order, call, gate())
     torch.library.opcheck(OP, arguments)
     a, dy = torch.randn(len(x), H, HIDDEN, device=DEVICE), torch.randn(len(x), WU, device=DEVICE)
-    torch.library.opcheck(OP_BACKWARD, (dy, a, x.detach(), *arguments[1:]))
+    torch.library.opcheck(OP_BACKWARD, (dy, a, x.detach(), *arguments[1:], False))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"attn_bias": torch.ones(1, 1, 33, 33)}, "attn_bias is given, expected None"),
+    ({"attn_bias": torch.ones(1, 1, 32, 33)}, "shape of attn_bias"),
     ({"at": 1}, "u_at is 1, expected head 0 of u at column 0: u, q, k and v are all columns of x"),
     ({"num_groups": 3}, "num_groups is 3, expected a divisor of the row's width 64"),
     ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),

@@ -158,7 +158,8 @@ def test_c_gets_the_same_for_a_packed_gradient(
         dout, du, x, q, k, v, dx = tensors
         into = {name: (place.of(dx, H, dim), place.of(x, H, dim)) for name, place in places.items()}
         of_attention = [into["q"], (into["k"][0], None), into["v"]]
-        attention_sm90.silu_backward(dout, q, k, v, of_attention, (du, into["u"]), memory=memory, **call)
+        of_u = du, into["u"]
+        attention_sm90.silu_backward(dout, q, k, v, of_attention, of_u, memory=memory, needs_bias_grad=False, **call)
         return list(map(without_hooks, passed))
 
     for lengths in STEPS:

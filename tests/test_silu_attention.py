@@ -73,6 +73,8 @@ def dense(kind: str) -> dict[str, Any]:
     call = attention(max_seq_len=33)
     if kind == "lengths":
         call["seq_lengths"] = torch.tensor([33, 0, 20], device=DEVICE)
+    elif kind == "bias":
+        call["attn_bias"] = torch.randn(1, 2, 33, 33, device=DEVICE)
     elif kind == "mask tensor":
         call["attn_mask"] = (torch.rand(3, 1, 33, 33, device=DEVICE) < 0.5).float()
         call["mask_tile_states"] = mask_tile_states(call["attn_mask"])
@@ -100,11 +102,12 @@ def eager(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def run(function, x: Tensor, order: str, call: dict[str, Any], upstream: list[Tensor]) -> tuple[Tensor, ...]:
-    """u, the attention's output and the gradient of x."""
+    """u, the attention's output, the gradient of x and that of the bias, if there is one."""
     x = x.detach().requires_grad_()
-    outputs = function(x, order, call)
-    (dx,) = torch.autograd.grad(outputs, x, [g.to(x.dtype) for g in upstream])
-    return *outputs, dx
+    bias = call["attn_bias"]
+    leaves = [x] if bias is None else [x, bias.to(x.dtype).requires_grad_()]
+    outputs = function(x, order, call if bias is None else {**call, "attn_bias": leaves[1]})
+    return *outputs, *torch.autograd.grad(outputs, leaves, [g.to(x.dtype) for g in upstream])
 
 
 def upstream_of(x: Tensor) -> list[Tensor]:
@@ -115,9 +118,10 @@ def check(x: Tensor, order: str, call: dict[str, Any]) -> None:
     upstream = upstream_of(x)
     ours, theirs = run(fused, x, order, call, upstream), run(eager, x, order, call, upstream)
     exact = run(unfused, x.double(), order, call, upstream)
-    for name, m, *triple in zip(("u", "out", "dx"), (FORWARD, FORWARD, BACKWARD), ours, theirs, exact, strict=True):
+    names, budgets = ("u", "out", "dx", "dbias"), (FORWARD, FORWARD, BACKWARD, BACKWARD)
+    for name, m, *triple in list(zip(names, budgets, ours, theirs, exact, strict=False)):
         assert_within_budget(*triple, m, name)
-    assert ours[-1].is_contiguous()
+    assert ours[2].is_contiguous() and len(ours) == (3 if call["attn_bias"] is None else 4)
 
 
 MASKS: dict[str, dict[str, Any]] = {
@@ -136,7 +140,7 @@ def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
+@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor", "bias"])
 def test_dense(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     check(input_of(33, dtype, "dense"), "uvqk", dense(kind))
@@ -198,10 +202,18 @@ def test_16_bits_are_rounded_once() -> None:
         dx, given = torch.empty_like(x, dtype=dtype), [t.to(dtype) for t in (dout, q, k, v, du)]
         into = {n: (place.of(dx, H, DIMS[n]), place.of(x, H, DIMS[n]).to(dtype)) for n, place in found.items()}
         of_attention = [into[name] for name in "qkv"]
-        silu_attention_backward_reference(*given[:4], of_attention, (given[4], into["u"]), **call)
+        of_u = given[4], into["u"]
+        silu_attention_backward_reference(*given[:4], of_attention, of_u, needs_bias_grad=False, **call)
         return dx
 
     assert torch.equal(gradient(torch.bfloat16), gradient(torch.float32).bfloat16())
+
+
+def test_jagged_with_a_bias() -> None:
+    torch.manual_seed(5)
+    call = jagged(attn_bias=torch.randn(len(LENGTHS), 1, 33, 33, device=DEVICE))
+    for dtype in (torch.float32, torch.bfloat16):
+        check(input_of(sum(LENGTHS), dtype, "packed"), "/kqvu, silu of u", call)
 
 
 def op_arguments(call: dict[str, Any], *tensors: Tensor, order: str = "uvqk") -> tuple:
@@ -217,7 +229,18 @@ def test_opcheck(order: str, layout: str, mask: str) -> None:
     torch.library.opcheck(OP, op_arguments(call, leaf, *slices(x, order), order=order))
     u, q, k, v = slices(x, order)
     du, dout = upstream_of(x)
-    torch.library.opcheck(OP_BACKWARD, op_arguments(call, dout, du, x, q, k, v, order=order))
+    torch.library.opcheck(OP_BACKWARD, (*op_arguments(call, dout, du, x, q, k, v, order=order), False))
+
+
+def test_opcheck_with_a_bias() -> None:
+    x, call = input_of(33, torch.float32, "dense"), dense("bias")
+    call["attn_bias"].requires_grad_()
+    torch.library.opcheck(OP, op_arguments(call, x.detach().requires_grad_(), *slices(x, "uvqk")))
+    _, q, k, v = slices(x, "uvqk")
+    call["attn_bias"] = call["attn_bias"].detach()
+    du, dout = upstream_of(x)
+    for needed in (True, False):
+        torch.library.opcheck(OP_BACKWARD, (*op_arguments(call, dout, du, x, q, k, v), needed))
 
 
 def test_opcheck_dense() -> None:
@@ -226,7 +249,7 @@ def test_opcheck_dense() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"attn_bias": torch.ones(1, 1, 33, 33)}, "attn_bias is given, expected None"),
+    ({"attn_bias": torch.ones(1, 1, 32, 33)}, "shape of attn_bias"),
     ({"attn_mask": torch.ones(1, 1, 33, 33)}, "mask_tile_states is missing"),
     ({"u_at": 1}, "u_at is 1, expected head 0 of u at column 0: u, q, k and v are all columns of x"),
     ({"k_at": places("uvqk")["q"].at}, "k_at is 128|q_at is 128"),
@@ -255,6 +278,6 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
     bad = {"du": du, **given, **change}
     bad["du"] = bad.pop("u") if "u" in change else du
     order = ("du", "x", "q", "k", "v", *PARAMETERS, *PLACES)
-    OP_BACKWARD(dout, du, *(given[name] for name in order[1:]))  # what is remembered of it lets nothing pass
+    OP_BACKWARD(dout, du, *(given[name] for name in order[1:]), False)  # what is remembered of it lets nothing pass
     with pytest.raises((ValueError, RuntimeError), match=message):
-        OP_BACKWARD(dout, *(bad[name] for name in order))
+        OP_BACKWARD(dout, *(bad[name] for name in order), False)

@@ -27,13 +27,21 @@ else:
 
 
 @pytest.mark.parametrize("activated, interleaved", [("uvqk", False), ("u", False), ("uvqk", True), ("vk", True)])
-@pytest.mark.parametrize("dim, mask", [(64, "causal"), (128, "causal"), (256, "targets")])
-def test_compiles(dim: int, mask: str, activated: str, interleaved: bool) -> None:
+@pytest.mark.parametrize(
+    "dim, mask, has_bias",
+    [
+        (64, "causal", False),
+        *((dim, mask, b) for dim, mask in ((128, "causal"), (256, "targets")) for b in (False, True)),
+    ],
+)
+def test_compiles(dim: int, mask: str, has_bias: bool, activated: str, interleaved: bool) -> None:
     H = 2
     x, dx, act = (torch.empty(16, 4 * H * dim, dtype=torch.bfloat16) for _ in range(3))
     dout = torch.empty(16, H, dim, dtype=torch.bfloat16)
     call = {**NOTHING, "seq_offsets": torch.tensor([0, 16]), "max_seq_len": 16, "alpha": 0.5, "scale": 0.1}
     call |= {name: torch.tensor(v) if isinstance(v, list) else v for name, v in MASKS[mask].items()}
+    if has_bias:
+        call["attn_bias"] = torch.empty(1, 1, 16, 16, dtype=torch.bfloat16)
     places = {
         name: Slice(i * dim, 4 * dim, True) if interleaved else Slice(i * H * dim, dim, True)
         for i, name in enumerate("uvqk")

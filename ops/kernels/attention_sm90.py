@@ -147,11 +147,15 @@ def backward(
         key = (dout.dtype, dout.shape[1:], dout.stride(), in_one_kernel(filled_dim(q, v), extent, call))
         tensors = [dout, q, k, v, *grads, *scratch, *per_sequence(call), call["attn_bias"]]
         run(remembered(memory, call), key, tensors, extent, launches)
-    if not needs_bias_grad or call["attn_bias"] is None:
-        return dq, dk, dv, None
+    return dq, dk, dv, bias_grad(dout, q, k, v, call) if needs_bias_grad else None
+
+
+def bias_grad(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor | None:
+    if call["attn_bias"] is None:
+        return None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
-    return dq, dk, dv, dbias(dout, q, k, v, **call)
+    return dbias(dout, q, k, v, **call)
 
 
 def silu_backward(
@@ -162,16 +166,15 @@ def silu_backward(
     into: Sequence[Into],
     of_u: tuple[Tensor, Into] | None = None,
     *,
+    needs_bias_grad: bool,
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
-) -> None:
-    """The gradients of q, k and v where they belong, or instead of them those of what they are the silu of; keywords as
-    in `backward`.
+) -> Tensor | None:
+    """The gradients of q, k and v where they belong, or instead of them those of what they are the silu of; returns
+    that of the bias, if asked for. Keywords as in `backward`.
 
     of_u: the gradient of u, and where it goes.
     """
-    if not q.numel():
-        return
     extent = extent_of(q, call)
     scratch, num_zeros = backward_scratch(q, v, extent, call)
     grads, silu_of = zip(*into, strict=True)
@@ -186,7 +189,10 @@ def silu_backward(
     given = [dout, *grads, *silu_of, du, *into_u]
     layouts = [None if t is None else (t.dtype, t.shape[1:], t.stride()) for t in given]
     key = (*layouts, in_one_kernel(filled_dim(q, v), extent, call))
-    run(remembered(memory, call), key, [q, k, v, *given, *scratch, *per_sequence(call)], extent, launches)
+    tensors = [q, k, v, *given, *scratch, *per_sequence(call), call["attn_bias"]]
+    if q.numel():
+        run(remembered(memory, call), key, tensors, extent, launches)
+    return bias_grad(dout, q, k, v, call) if needs_bias_grad else None
 
 
 def forward_launches(

@@ -87,13 +87,14 @@ def silu_backward(
     into: Sequence[Into],
     of_u: tuple[Tensor, Into] | None = None,
     *,
+    needs_bias_grad: bool,
     memory: dict[Hashable, Any] | None = None,
     **arguments: Any,
-) -> None:
-    """The gradients of q, k and v, or of what they are the silu of, and of u: see attention_sm90 and `forward`."""
+) -> Tensor | None:
+    """The gradients of q, k and v, or of what they are the silu of, of u and the bias: see attention_sm90."""
     call = Call(q, k, v, **arguments)
     grads = tuple(grad for grad, _ in into)
-    call.gradients(dout, *grads)
+    dout = call.gradients(dout, *grads)
     with torch.cuda.device_of(q):
         for grad, silu_of in into:
             if silu_of is not None:
@@ -102,6 +103,7 @@ def silu_backward(
         if of_u is not None:
             du, into_u = of_u
             silu_backward_launch(evenly_apart(du), into_u, call.extent)()
+    return call.dbias(call.tiles.dbias, dout) if needs_bias_grad else None
 
 
 class Call:

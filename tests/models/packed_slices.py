@@ -118,6 +118,11 @@ def permuted(z: Tensor) -> Tensor:
     return gated(u, attend(q, k, v))
 
 
+def bias(z: Tensor) -> Tensor:
+    u, v, q, k = F.silu(z).split(W, dim=-1)
+    return gated(u, attend(q, k, v, attn_bias=torch.ones(1, 1, N, N)))
+
+
 # What is said of silu and split.
 RIGHT = {
     split: "silu -> split u, v, q, k",
@@ -132,6 +137,7 @@ RIGHT = {
     silu_of_q_and_v: "split u, v, q, k -> silu on v, q",
     silu_of_all_for_u_alone: "split u, v, q, k -> silu on u",
     no_silu: "split u, v, q, k",
+    bias: "silu -> split u, v, q, k",
     interleaved: "silu -> split u, v, q, k",
     interleaved_after_silu: "silu -> split u, v, q, k",
     interleaved_silu_of_u_and_k: "split k, v, q, u -> silu on k, u",
@@ -187,11 +193,6 @@ def overlapping(z: Tensor) -> Tensor:
 def the_same_slice_twice(z: Tensor) -> Tensor:
     u, v, q, _ = F.silu(z).split(W, dim=-1)
     return gated(u, attend(q, q, v))
-
-
-def bias(z: Tensor) -> Tensor:
-    u, v, q, k = F.silu(z).split(W, dim=-1)
-    return gated(u, attend(q, k, v, attn_bias=torch.ones(1, 1, N, N)))
 
 
 def halves_of_a_head_apart(z: Tensor) -> Tensor:
@@ -275,7 +276,6 @@ EXPLAINED = {
     columns_that_nobody_uses: "not all columns",
     overlapping: "not all columns of x, each once",
     the_same_slice_twice: "second use|another role",
-    bias: "the attention has a bias",
     columns_of_a_head_apart: "are not those of heads evenly apart",
     u_and_its_silu: "u is used before the attention: silu",
     k_and_its_silu: "k has a second use: add",
