@@ -36,12 +36,12 @@ class Layer:
     norm: int
     projection: int
     activation: int
-    backward: tuple[Any, ...]
+    backward: tuple[Any, ...] = (GATE_BACKWARD, ATTENTION_BACKWARD)
 
 
 def one(name: str, projection: int, activation: int, *backward: Any) -> Layer:
-    calls = backward or (GATE_BACKWARD, ATTENTION_BACKWARD)
-    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation, calls)
+    calls = (backward,) if backward else ()
+    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation, *calls)
 
 
 def native(dropout_ratio: float) -> Layer:
@@ -117,9 +117,8 @@ def test_an_activation_is_saved_in_its_own_dtype(inductor: Compiled) -> None:
     layer = LAYERS["native"]
     x, lengths = layer.arguments
     half = Layer(
-        lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, layer.activation,
-        layer.backward,
-    )  # fmt: skip
+        lambda: layer.model().bfloat16(), (x.bfloat16(), lengths), layer.norm, layer.projection, layer.activation
+    )
     plain, recomputed = step(half, {}, inductor), step(half, SILU, inductor)
     assert plain.saved_bytes - recomputed.saved_bytes == layer.activation * x.shape[:-1].numel() * 2
     assert all(torch.equal(a, b) for a, b in zip(plain.values, recomputed.values, strict=True))
