@@ -89,7 +89,7 @@ def variants(inputs: list[list[Tensor]], dy: Tensor) -> Iterator[dict]:
     inputs = [[t.detach() for t in tensors] for tensors in inputs]
     seed = torch.tensor([2**62 + 1], device=dy.device)
     named = dict(norm_eps=EPS, num_groups=1, rms=False, activation="none", gate_first=False, out_dtype=DTYPE)
-    named |= dict(concat_u=False, concat_x=False, concat_norm=False)
+    named |= dict(concat_u=False, concat_activated=False, concat_x=False, concat_norm=False)
     for ratio in RATIOS:
         options = dict(named, dropout_ratio=ratio)
         used = seed if ratio else None

@@ -28,6 +28,7 @@ PARAMETERS = (
     "activation",
     "gate_first",
     "concat_u",
+    "concat_activated",
     "concat_x",
     "concat_norm",
     "dropout_ratio",
@@ -35,7 +36,8 @@ PARAMETERS = (
 )
 GATE_SCHEMA = (
     "Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, str activation, "
-    "bool gate_first, bool concat_u, bool concat_x, bool concat_norm, float dropout_ratio, ScalarType out_dtype"
+    "bool gate_first, bool concat_u, bool concat_activated, bool concat_x, bool concat_norm, float dropout_ratio, "
+    "ScalarType out_dtype"
 )
 SCHEMA = f"Tensor a, Tensor u, {GATE_SCHEMA}"
 torch.library.define("hstu_compile::norm_gate_dropout", f"({SCHEMA}) -> Tensor")
@@ -58,6 +60,7 @@ def norm_gate_dropout(
     activation: str = "none",
     gate_first: bool = False,
     concat_u: bool = False,
+    concat_activated: bool = False,
     concat_x: bool = False,
     concat_norm: bool = False,
     dropout_ratio: float = 0.0,
@@ -76,10 +79,11 @@ def norm_gate_dropout(
         norm_eps: added to the variance.
         num_groups: 1 normalises the whole row (layer norm), H each head (group norm).
         rms: divide by the root mean square; do not centre.
-        activation: of u in the product: "none", "silu" or "sigmoid". The concatenated u is u itself.
+        activation: of u in the product: "none", "silu" or "sigmoid".
         gate_first: the product is normalised, not a.
         concat_u, concat_x, concat_norm: what stands before the last piece in a row of the output (norm(a) not if
             gate_first).
+        concat_activated: it is activation(u) that concat_u joins, not u.
         dropout_ratio: in [0, 1).
         out_dtype: default the dtype of a.
 
@@ -101,6 +105,7 @@ def norm_gate_dropout(
         activation,
         gate_first,
         concat_u,
+        concat_activated,
         concat_x,
         concat_norm,
         dropout_ratio,
@@ -223,7 +228,7 @@ def norm_gate_dropout_gradients(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, args: tuple,
     du: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """da, du, dweight, dbias; empty where there is no weight or bias. du: [T, W], columns contiguous, to be filled."""
+    """da, du, dweight, dbias; empty where there is no weight or bias. du: like u, columns contiguous, to be filled."""
     kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:

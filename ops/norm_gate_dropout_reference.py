@@ -100,6 +100,7 @@ def norm_gate_dropout_reference(
     activation: str,
     gate_first: bool,
     concat_u: bool,
+    concat_activated: bool,
     concat_x: bool,
     concat_norm: bool,
     dropout_ratio: float,
@@ -112,7 +113,12 @@ def norm_gate_dropout_reference(
     x, g = (t.reshape(T, width).view(grouped).to(dtype) for t in (a, u))  # pieces can be viewed as rows again
     gate = _activated(g, activation)
     norm = _affine(_normalised(x * gate if gate_first else x, norm_eps, rms)[0], weight, bias)
-    pieces = [(concat_u, g), (concat_x, x), (concat_norm, norm), (True, norm if gate_first else norm * gate)]
+    pieces = [
+        (concat_u, gate if concat_activated else g),
+        (concat_x, x),
+        (concat_norm, norm),
+        (True, norm if gate_first else norm * gate),
+    ]
     kept = [
         (piece * keep_scale(seed, dropout_ratio, T, i, *grouped[1:], dtype)).view(T, width)
         for i, (wanted, piece) in enumerate(pieces)
@@ -135,6 +141,7 @@ def norm_gate_dropout_backward_reference(
     activation: str,
     gate_first: bool,
     concat_u: bool,
+    concat_activated: bool,
     concat_x: bool,
     concat_norm: bool,
     dropout_ratio: float,
@@ -158,7 +165,8 @@ def norm_gate_dropout_backward_reference(
     dnormed = rstd * (dxhat - mean - xhat * (dxhat * xhat).mean(-1, keepdim=True))  # of what is normalised
     da = (dnormed * gate if gate_first else dnormed) + dpieces[1]
     dgate = dnormed * x if gate_first else dpieces[GATED] * _affine(xhat, weight, bias)
-    du = dgate * _activation_grad(g, activation) + dpieces[0]
+    dgate = dgate + dpieces[0] if concat_activated else dgate
+    du = dgate * _activation_grad(g, activation) + (0.0 if concat_activated else dpieces[0])
     dweight = None if weight is None else (dnorm * xhat).sum(0).sum_to_size(weight.shape).to(weight.dtype)
     dbias = None if bias is None else dnorm.sum(0).sum_to_size(bias.shape).to(bias.dtype)
     return da.reshape(a.shape).to(a.dtype), du.reshape(u.shape).to(u.dtype), dweight, dbias

@@ -1,8 +1,6 @@
 """Argument checks of the attention op. Every message names the argument, its value and what was expected."""
 
 import contextlib
-import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -162,30 +160,6 @@ def _check_tile_states(attn_mask: Tensor | None, states: Tensor | None) -> None:
         expect_same(
             size, full, "the shape of mask_tile_states", tuple(states.shape), lambda: f"{wanted}, for that attn_mask"
         )
-
-
-def check_slices(x: Tensor, slices: dict[str, tuple[str, Tensor, int]], columns: dict[str, int]) -> None:
-    """Whether the slices that begin at these columns are all of x [.., W], in one piece each.
-
-    slices: by the name of its column, a slice's name, a tensor of its shape, and how many dimensions its columns have.
-    """
-    lead = x.shape[:-1]
-    widths = {}
-    for at, (name, t, own) in slices.items():
-        expect(
-            t.dim() == len(lead) + own, f"the shape of {name}", tuple(t.shape), f"{tuple(lead)} as in x, and {own} more"
-        )
-        expect(t.dtype == x.dtype, f"the dtype of {name}", t.dtype, f"that of x, {x.dtype}")
-        expect(t.device == x.device, f"the device of {name}", t.device, f"that of x, {x.device}")
-        for size, wanted in zip(t.shape, lead, strict=False):
-            expect_same(size, wanted, f"the shape of {name}", tuple(t.shape), lambda: f"{tuple(lead)} as in x")
-        widths[at] = math.prod(t.shape[len(lead) :])
-    end = 0
-    for at in sorted(widths, key=columns.__getitem__):
-        expected = f"{end}: u, q, k and v are all columns of x, none twice"
-        expect_same(columns[at], end, at, columns[at], functools.partial(str, expected))
-        end += widths[at]
-    expect_same(x.shape[-1], end, "the shape of x", tuple(x.shape), lambda: f"{end} columns, those of u, q, k and v")
 
 
 def check_attention_values(

@@ -390,6 +390,7 @@ def _rewrite(graph: fx.Graph, gate: Gate) -> str:
         "activation": gate.activation,
         "gate_first": gate.gate_first,
         "concat_u": "u" in gate.concat,
+        "concat_activated": False,
         "concat_x": "x" in gate.concat,
         "concat_norm": "norm" in gate.concat,
         "dropout_ratio": gate.dropout_ratio,

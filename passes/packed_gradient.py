@@ -1,27 +1,30 @@
-"""u, v, q, k = split(silu(x)), attention of q, k, v: the backward writes one gradient of x.
+"""u, v, q, k = slices of x or of silu(x), attention of q, k, v: the backward writes one gradient of x.
 
     hstu_attention(q, k, v), u         ->         hstu_compile::silu_attention(x, u, q, k, v)
 
-The backward of silu and split would concatenate dq, dk, dv and du and multiply them by silu'(x). The op writes them
-into their columns of one dx, multiplied. The forward stays what it is; u goes through the op for the sake of its
-gradient. After the output pass, which knows the end of a layer by its attention: where all that u meets is the gate of
-that attention, the two become one op that takes u before silu (packed_gate.py).
+The backward of the slices would concatenate dq, dk, dv and du, that of silu multiply by silu'(x). The op writes them
+into their columns of one dx, multiplied where silu was applied: before the split, or to some of the slices, or to none.
+The forward stays what it is, and a bias has a gradient of its own; u goes through the op for the sake of its gradient.
+After the output pass, which knows the end of a layer by its attention: where all that u meets is the gate of that
+attention, the two become one op that takes u before silu (packed_gate.py).
 """
 
-import math
 import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from hstu_compile.ops.hstu_attention import ATTN_BIAS, ATTN_MASK, MASK_TILE_STATES
+from hstu_compile.ops.hstu_attention import ATTN_MASK, MASK_TILE_STATES
+from hstu_compile.ops.packed_slices import as_arguments
 from hstu_compile.passes import packed_gate
+from hstu_compile.passes.axes import RESHAPES
 from hstu_compile.passes.graph import (
     aten,
     erase_dead,
     insert_call,
     is_call,
+    is_pure,
     is_tensor,
     may_require_grad,
     reads_only_metadata,
@@ -29,66 +32,103 @@ from hstu_compile.passes.graph import (
     same,
     same_shape,
     shape,
-    share_storage,
     value,
 )
-from hstu_compile.passes.packed_gate import refuse_writes
+from hstu_compile.passes.packed_columns import behind, between, columns_of, is_view, silu_between
+from hstu_compile.passes.packed_gate import Part, refuse_writes
 from hstu_compile.passes.report import Misfit, Region, Report, source_line, spoken
-from hstu_compile.passes.uvqk import MOVES, SLICES, SPLITS
 
 NAME = "packed_gradient"
-WHAT = "one gradient through silu -> split {} -> attention"
+WHAT = "one gradient through {} -> attention"
 ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 
 
 @dataclass
 class Packed:
-    """An attention of slices of one silu, each with the column at which it begins."""
+    """An attention of slices of one x, or of its silu."""
 
     attention: fx.Node
-    silu: fx.Node
-    u: fx.Node
-    late: list[fx.Node]  # views of u that stand before the attention and can stand after it
-    columns: dict[str, int]  # of u, q, k and v
+    x: fx.Node
+    parts: dict[str, Part]  # u, q, k and v
+
+    @property
+    def whole_silu(self) -> fx.Node | None:
+        """The silu of all of x."""
+        silus = {part.silu for part in self.parts.values()}
+        return silus.pop() if len(silus) == 1 else None
+
+    def in_words(self) -> str:
+        names = sorted(self.parts, key=lambda name: self.parts[name].columns.at)
+        activated = [name for name in names if self.parts[name].silu is not None]
+        split = f"split {', '.join(names)}"
+        if self.whole_silu is not None:
+            return f"silu -> {split}"
+        return f"{split} -> silu on {', '.join(activated)}" if activated else split
 
 
 def run(gm: fx.GraphModule, report: Report) -> int:
     """Rewrite every attention whose gradients can be packed; returns how many."""
     fused = 0
     for attention in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-        sources = [_source(operand) for operand in attention.args[:3]]
-        silu = next((node for node in sources if is_call(node, aten.silu.default)), None)
-        if silu is None:
+        candidates, others = _cut(attention)
+        if not candidates:
             continue
-        if changed := [(role, node) for role, node in zip("qkv", sources, strict=True) if node is not silu]:
-            _report_changed(report, silu, *changed[0])
+        x = candidates[0]
+        where = source_line(next((user for user in x.users if is_call(user, aten.silu.default)), x))
+        if others:
+            _report_changed(report, attention, x, others[0], where)
             continue
-        where = source_line(silu)
         try:
-            packed = _find(attention, silu)
+            what = _pack(_first(attention, candidates), where, report)
         except Misfit as misfit:
-            report.add(Region(NAME, WHAT.format("into slices"), where, misfit.reason, change=misfit.change))
+            report.add(Region(NAME, WHAT.format("slices"), where, misfit.reason, change=misfit.change))
             continue
-        what = WHAT.format(", ".join(sorted(packed.columns, key=packed.columns.__getitem__)))
-        try:
-            gate = packed_gate.find(attention, silu, packed.u)
-        except Misfit as misfit:
-            report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
-            gate = None
-        if gate is None:
-            _rewrite(packed)
-        else:
-            packed_gate.rewrite(attention, silu, packed.columns, gate)
-            what = f"{what} -> gate"
         report.add(Region(NAME, what, where, kernel="the attention's own"))
         fused += 1
     return fused
 
 
-def _report_changed(report: Report, silu: fx.Node, role: str, made: fx.Node) -> None:
-    """Where q, k or v is a slice of the same silu, changed on its way to the attention."""
-    if may_require_grad(silu) and any(_source(node) is silu for node in made.all_input_nodes):
-        reason = f"{role} is changed between the silu and the attention: {spoken(made)} at {source_line(made)}"
+def _pack(packed: Packed, where: str, report: Report) -> str:
+    """Rewrite the attention, with its gate where that fits; what it was, in words."""
+    what, gate = WHAT.format(packed.in_words()), None
+    try:
+        gate = packed_gate.find(packed.attention, packed.x, packed.parts)
+    except Misfit as misfit:
+        report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
+    if gate is None:
+        _rewrite(packed)
+        return what
+    packed_gate.rewrite(packed.attention, packed.x, packed.parts, gate)
+    return f"{what} -> gate"
+
+
+def _cut(attention: fx.Node) -> tuple[list[fx.Node], list[str]]:
+    """What q, k and v are slices of, before silu, the nearest first; and which of them are not, where others are."""
+    rows = {role: _rows_behind(operand) for role, operand in zip("qkv", attention.args, strict=False)}  # type: ignore[arg-type]
+    nodes = [node for found in rows.values() for node in found]
+    if not nodes:
+        return [], []
+    most = max(map(nodes.count, nodes))
+    common = [node for node in dict.fromkeys(nodes) if nodes.count(node) == most]
+    before_silu = [n for n in common if not (is_call(n, aten.silu.default) and n.args[0] in common)]
+    return before_silu, [role for role, found in rows.items() if before_silu[0] not in found]
+
+
+def _rows_behind(operand: fx.Node) -> list[fx.Node]:
+    """What q, k or v, [.., H, D], is a part of, and that is [.., W]."""
+    lead = shape(operand)[:-2]
+    return [node for node in behind(operand) if _is_larger(node, operand) and same_shape(shape(node)[:-1], lead)]
+
+
+def _is_larger(node: fx.Node, part: fx.Node) -> bool:
+    return is_tensor(node) and not same(value(node).numel(), value(part).numel())
+
+
+def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, where: str) -> None:
+    """Where q, k or v is a slice of the same x, changed on its way to the attention."""
+    *_, made = behind(attention.args["qkv".index(role)])  # type: ignore[arg-type]
+    if may_require_grad(x) and any(x in behind(node) for node in made.all_input_nodes):
+        reason = f"{role} is changed between the split and the attention: {spoken(made)} at {source_line(made)}"
         change = f"{role} as the split gives it"
         tensors = filter(is_tensor, made.all_input_nodes)
         if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in tensors):
@@ -96,91 +136,73 @@ def _report_changed(report: Report, silu: fx.Node, role: str, made: fx.Node) -> 
                 f"{role} is multiplied by a mask before the attention: padded keys are dead there, padded queries not"
             )
             change = "mask padded queries as well as padded keys"
-        report.add(Region(NAME, WHAT.format("into slices"), source_line(silu), reason, change=change))
+        report.add(Region(NAME, WHAT.format("slices"), where, reason, change=change))
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
-    while _is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+def _first(attention: fx.Node, candidates: list[fx.Node]) -> Packed:
+    """Of the first that fits.
+
+    Raises:
+        Misfit: none does; why the nearest does not.
+    """
+    reasons = []
+    for x in candidates:
+        try:
+            return _find(attention, x)
+        except Misfit as misfit:
+            reasons.append(misfit)
+    raise reasons[0]
 
 
-def _is_view(node: fx.Node) -> bool:
-    """A view of its first argument, or the list of views that a split gives."""
-    if is_call(node, *SPLITS):
-        return True
-    if is_call(node, operator.getitem):
-        return is_call(node.args[0], *SPLITS)
-    return is_call(node, *MOVES, *SLICES) and is_tensor(node.args[0]) and share_storage(node, node.args[0])  # type: ignore[arg-type]
-
-
-def _find(attention: fx.Node, silu: fx.Node) -> Packed:
-    if attention.args[ATTN_BIAS] is not None:
-        raise Misfit("the attention has a bias, whose gradient has no place in that of x")
+def _find(attention: fx.Node, x: fx.Node) -> Packed:
     if (attention.args[ATTN_MASK] is None) != (attention.args[MASK_TILE_STATES] is None):
         raise Misfit("the attention has a mask tensor without the states of its tiles")
-    if value(silu).dtype != value(attention).dtype:
-        raise Misfit(f"silu gives {value(silu).dtype}, the attention {value(attention).dtype}")
-    pieces = _pieces(silu)
-    columns, ranges = {}, []
+    if value(x).dtype != value(attention).dtype:
+        raise Misfit(f"the projection gives {value(x).dtype}, the attention {value(attention).dtype}")
+    if not same(value(x).stride(-1), 1):
+        raise Misfit(f"the columns of {spoken(x)} do not stand side by side")
+    pieces = _pieces(x, attention)
+    parts = {}
     for role, operand in zip("qkv", attention.args, strict=False):
-        ranges.append(_columns(operand, silu, own=2))  # type: ignore[arg-type]
-        columns[role] = ranges[-1][0]
-        pieces.remove(_only_for(attention, role, operand, pieces))  # type: ignore[arg-type]
+        parts[role] = Part(operand, *columns_of(operand, x))  # type: ignore[arg-type]
+        parts[role].slice_of(*shape(operand)[-2:])  # type: ignore[arg-type]
+        pieces.remove(_only_for(attention, x, role, operand, pieces))  # type: ignore[arg-type]
     if len(pieces) != 1:
-        raise Misfit(f"silu gives {len(pieces)} used slices besides q, k and v, expected one, u")
-    (u,) = pieces
-    ranges.append(_columns(u, silu, own=value(u).dim() - value(silu).dim() + 1))
-    columns["u"] = ranges[-1][0]
-    begins, ends = zip(*sorted(ranges), strict=True)
-    if not same_shape((*begins, shape(silu)[-1]), (0, *ends)):
-        raise Misfit("u, q, k and v are not all columns of the silu, each once", "split all of it into these four")
-    late = _late(u, attention)
-    refuse_writes(silu, attention)
-    return Packed(attention, silu, u, late, columns)
+        raise Misfit(f"x has {len(pieces)} used slices besides q, k and v, expected one, u")
+    u = _u_of(pieces[0], x)
+    parts["u"] = Part(u, *columns_of(u, x))
+    _check_all(parts, x)
+    refuse_writes(x, parts, attention)
+    return Packed(attention, x, parts)
 
 
-def _pieces(silu: fx.Node) -> list[fx.Node]:
-    """The first views that hold some of its numbers only, where they are used; nobody uses the whole."""
-    pieces, todo = [], [silu]
+def _pieces(x: fx.Node, attention: fx.Node) -> list[fx.Node]:
+    """What x is cut into, or its silu, where that is used: what is behind two of q, k and v is cut again; nobody uses
+    the whole of x."""
+    qkv: list[fx.Node] = list(attention.args[:3])  # type: ignore[arg-type]
+    behind_each = [node for operand in qkv for node in between(operand, x) if _is_larger(node, operand)]
+    pieces, todo = [], [(x, False)]
     while todo:
-        node = todo.pop()
+        node, activated = todo.pop()
         for user in real_users(node):
-            if not _is_view(user) or user.args[0] is not node:
+            silu = is_call(user, aten.silu.default) and not activated
+            if not (is_view(user) or silu) or user.args[0] is not node:
                 raise Misfit(
-                    f"the whole silu has another use: {spoken(user)} at {source_line(user)}", "read its slices only"
+                    f"all of {spoken(node)} has another use: {spoken(user)} at {source_line(user)}",
+                    "read its slices only",
                 )
-            if not is_tensor(user) or same(value(user).numel(), value(silu).numel()):
-                todo.append(user)
+            is_whole = not is_tensor(user) or same(value(user).numel(), value(x).numel())
+            if is_whole or behind_each.count(user) > 1:
+                todo.append((user, activated or silu))
             elif real_users(user):
                 pieces.append(user)
     return pieces
 
 
-def _columns(node: fx.Node, silu: fx.Node, own: int) -> tuple[int, int]:
-    """At which column of the silu the view begins and ends: its last `own` dimensions, in one piece."""
-    lead, last = shape(node)[:-own], shape(node)[-own:]
-    at = value(node).storage_offset()
-    fits = (
-        own in (1, 2)
-        and isinstance(at, int)
-        and all(isinstance(size, int) for size in last)
-        and same_shape(lead, shape(silu)[:-1])
-        and same_shape(value(node).stride(), [*value(silu).stride()[:-1], *last[1:], 1])
-        and same(value(silu).stride(-1), 1)
-    )
-    if not fits:
-        sizes = ", ".join(map(str, shape(node)))
-        change = "split silu(x) along its last dimension into u, v, q, k, each with all of its heads"
-        raise Misfit(f"{spoken(node)} of shape [{sizes}] does not have its columns of the silu in one piece", change)
-    return at, at + math.prod(last)
-
-
-def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.Node]) -> fx.Node:
+def _only_for(attention: fx.Node, x: fx.Node, role: str, operand: fx.Node, pieces: list[fx.Node]) -> fx.Node:
     """The piece behind an operand, which nobody else reads on the way."""
-    node, reader = operand, attention
-    while True:
+    reader = attention
+    for node in between(operand, x):
         for user in real_users(node):
             if user is not reader:
                 raise Misfit(
@@ -189,20 +211,41 @@ def _only_for(attention: fx.Node, role: str, operand: fx.Node, pieces: list[fx.N
                 )
         if node in pieces:
             return node
-        if not _is_view(node):
-            raise Misfit(f"{role} is a slice of the silu that has another role too")
-        node, reader = node.args[0], node  # type: ignore[assignment]
+        reader = node
+    raise Misfit(f"{role} is a slice of x that has another role too")
+
+
+def _u_of(piece: fx.Node, x: fx.Node) -> fx.Node:
+    """The silu of a slice, if that is all that is made of it, else the slice."""
+    node = piece
+    while len(users := real_users(node)) == 1:
+        (node,) = users
+        if is_call(node, aten.silu.default) and silu_between(piece, x) is None:
+            return node
+        if not is_view(node) or not is_tensor(node) or not same(value(node).numel(), value(piece).numel()):
+            break
+    return piece
+
+
+def _check_all(parts: dict[str, Part], x: fx.Node) -> None:
+    """The parts are all columns of x, each once."""
+    width = shape(x)[-1]
+    columns = sorted(column for part in parts.values() for column in part.columns.each())
+    if not isinstance(width, int) or columns != list(range(width)):
+        raise Misfit("u, q, k and v are not all columns of x, each once", "split all of it into these four")
+    if any(size * step > width for part in parts.values() for size, step in part.columns.dims):
+        raise Misfit("the heads of u, q, k or v are not a part of x each")
 
 
 def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
-    """The views of u before the attention: u is a result of the op, which stands where the attention does."""
+    """What moves numbers of u before the attention, and can after it: u is a result of the op, which stands there."""
     late: list[fx.Node] = []
     for node in attention.graph.nodes:
         if node is attention:
             return late
         inputs = set(node.all_input_nodes)
         if inputs & set(late) or (u in inputs and not reads_only_metadata(node)):
-            if not _is_view(node):
+            if not is_view(node) and not (is_call(node, *RESHAPES) and is_pure(node.target)):
                 raise Misfit(
                     f"u is used before the attention: {spoken(node)} at {source_line(node)}",
                     "use it after the attention",
@@ -212,25 +255,26 @@ def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:
 
 
 def _rewrite(packed: Packed) -> None:
-    attention, u, silu = packed.attention, packed.u, packed.silu
-    graph = attention.graph
-    (x,) = silu.all_input_nodes
+    attention, part = packed.attention, packed.parts["u"]
+    u, graph = part.node, attention.graph
+    own = value(u).dim() - value(packed.x).dim() + 1  # dimensions of its columns
+    slices = {role: one.slice_of(*shape(one.node)[-2:]) for role, one in packed.parts.items() if role != "u"}  # type: ignore[arg-type]
+    slices["u"] = part.slice_of(*((1, *shape(u)[-1:]) if own == 1 else shape(u)[-2:]))  # type: ignore[arg-type]
+    late = _late(u, attention)
     before = attention.next  # what is new comes between the attention and this
-    flat = u
-    if not same_shape(shape(u), (*shape(silu)[:-1], shape(u)[-1])):
-        flat = insert_call(graph, before, aten.flatten.using_ints, (u, -2), like=attention)
-    columns = (packed.columns[name] for name in ("u", "q", "k", "v"))
+    heads = insert_call(graph, before, aten.unsqueeze.default, (u, -2), like=attention) if own == 1 else u
     call = torch.ops.hstu_compile.silu_attention.default
-    both = insert_call(graph, before, call, (x, flat, *attention.args, *columns), like=attention)
+    args = (packed.x, heads, *attention.args, *as_arguments(slices))
+    both = insert_call(graph, before, call, args, like=attention)
     new_u, out = (insert_call(graph, before, operator.getitem, (both, i), like=attention) for i in (0, 1))
-    if flat is not u:
-        new_u = insert_call(graph, before, aten.unflatten.int, (new_u, -1, list(shape(u)[-2:])), like=attention)
-    anchor = out if flat is u else new_u
-    for view in packed.late:
+    if own == 1:
+        new_u = insert_call(graph, before, aten.squeeze.dim, (new_u, -2), like=attention)
+    anchor = new_u if own == 1 else out
+    for view in late:
         anchor.append(view)
         anchor = view
     u.replace_all_uses_with(
-        new_u, delete_user_cb=lambda user: user not in (both, flat) and not reads_only_metadata(user)
+        new_u, delete_user_cb=lambda user: user not in (both, heads) and not reads_only_metadata(user)
     )
     attention.replace_all_uses_with(out)
     erase_dead([attention])

@@ -459,9 +459,12 @@ def test_no_dead_tile_is_visited(mask: dict) -> None:
 
 def test_rows_of_no_sequence_become_zero() -> None:
     results = tuple(torch.full((9, 2, dim), float("nan"), device=DEVICE).to(DTYPES[-1]) for dim in (5, 700))
-    zero_launch((*results, torch.empty(9, 0, 3, device=DEVICE)), tensor([0, 3, 6]), Extent(9, 2))()
-    for result in results:
+    rows = torch.full((9, 2, 12), float("nan"), device=DEVICE)
+    apart = rows[..., 3:8]  # heads with others between them
+    zero_launch((*results, apart, torch.empty(9, 0, 3, device=DEVICE)), tensor([0, 3, 6]), Extent(9, 2))()
+    for result in (*results, apart):
         assert result[:6].isnan().all() and (result[6:] == 0).all()
+    assert rows[..., :3].isnan().all() and rows[..., 8:].isnan().all()
 
 
 def test_counters_become_zero() -> None:

@@ -1,4 +1,4 @@
-"""The gradient of x behind u, q, k, v = slices of silu(x), from the attention kernels, against float64.
+"""The gradient of x behind u, q, k, v = slices of x or of silu(x), from the attention kernels, against float64.
 
 `test_silu_backward.py` runs this: on a GPU with every kernel there is, else the portable one in the Triton interpreter,
 in a process of its own (it reads TRITON_INTERPRET when triton is imported).
@@ -19,6 +19,7 @@ from test_attention_grid import poison_new_memory
 from bench.attention_problem import inputs, kernels
 from hstu_compile.ops.hstu_attention_reference import hstu_attention_backward_reference
 from hstu_compile.ops.kernels import attention_sm90, attention_triton
+from hstu_compile.ops.packed_slices import Slice
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -31,40 +32,53 @@ MASKS = {
     "causal": {},
     "targets": {"num_targets": [0.2, 0.0, 0.5, 0.0], "max_attn_len": 17},
     "full": {"causal": False},
+    "bias": {},
 }
 
 
-def parts(t: torch.Tensor, places: dict[str, tuple[int, int]], dims: dict[str, int]) -> dict[str, torch.Tensor]:
-    """u flat, q, k, v [..., heads, dim]."""
-    slices = {name: t[..., start : start + width] for name, (start, width) in places.items()}
-    return {n: s if n == "u" else s.unflatten(-1, (HEADS, dims[n])) for n, s in slices.items()}
+def slices_of(order: str, dims: dict[str, int], activated: str) -> tuple[dict[str, Slice], int]:
+    """Where the roles lie, in this order, in each head if that begins with "/"; and how many columns there are."""
+    found, end = {}, 0
+    roles = order.removeprefix("/")
+    for name in roles:
+        apart = dims[name] if roles == order else sum(dims.values())
+        found[name] = Slice(end, apart, name in activated)
+        end += dims[name] * (HEADS if roles == order else 1)
+    return found, HEADS * sum(dims.values())
 
 
 @pytest.mark.parametrize("one_kernel", [False, True] if "sm90" in KERNELS else [False])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["jagged", "dense"])
-@pytest.mark.parametrize("order", ["uvqk", "qkvu"])
+@pytest.mark.parametrize(
+    "order, activated", [("uvqk", "uvqk"), ("qkvu", "u"), ("/uvqk", "uvqk"), ("/kvuq", "vk")], ids=str
+)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_gradient(dtype, dim, order, layout, mask, one_kernel, monkeypatch) -> None:
+def test_packed_gradient(dtype, dim, order, activated, layout, mask, one_kernel, monkeypatch) -> None:
     dims = {"u": dim[1], "v": dim[1], "q": dim[0], "k": dim[0]}
-    places, width = {}, 0
-    for name in order:
-        places[name] = (width, HEADS * dims[name])
-        width += HEADS * dims[name]
+    places, width = slices_of(order, dims, activated)
+
+    def part(name: str, t: torch.Tensor) -> torch.Tensor:
+        return places[name].of(t, HEADS, dims[name])
+
+    def parts(t: torch.Tensor) -> dict[str, torch.Tensor]:
+        silu = F.silu(t)
+        return {name: part(name, silu if name in activated else t) for name in places}
+
     lengths = [SCALE, 0, SCALE // 2 + 1, 1]
     jagged = layout == "jagged"
     lead = (sum(lengths) + 3,) if jagged else (len(lengths), SCALE)
     x = torch.randn(*lead, width, device=DEVICE).to(dtype)
     dout = torch.randn(*lead, HEADS, dim[1], device=DEVICE).to(dtype)
-    du = torch.randn(*lead, 2 * places["u"][1], device=DEVICE).to(dtype)[..., : places["u"][1]]  # strided
+    du = torch.randn(*lead, 2 * HEADS, dim[1], device=DEVICE).to(dtype)[..., :HEADS, :]  # strided
     where = torch.tensor(lengths, device=DEVICE)
     if jagged:
         used = torch.arange(lead[0], device=DEVICE) < sum(lengths)
     else:
         used = torch.arange(SCALE, device=DEVICE) < where[:, None]
     of_attention = torch.ones(width, dtype=torch.bool, device=DEVICE)
-    of_attention[slice(places["u"][0], sum(places["u"]))] = False
+    part("u", of_attention)[:] = False
     unused = ~used[..., None] & of_attention
     call = inputs([1], 1, 1, DEVICE, dtype).call | {
         "seq_offsets": F.pad(where.cumsum(0), (1, 0)) if jagged else None,
@@ -76,25 +90,34 @@ def test_packed_gradient(dtype, dim, order, layout, mask, one_kernel, monkeypatc
     call |= MASKS[mask]
     if "num_targets" in MASKS[mask]:
         call["num_targets"] = (where * torch.tensor(MASKS[mask]["num_targets"], device=DEVICE)).long()
+    has_bias = mask == "bias"
+    if has_bias:
+        call["attn_bias"] = torch.randn(1, 1, SCALE, SCALE, device=DEVICE).to(dtype)
     plain = {k: v for k, v in call.items() if k != "scale"} | {"scaling_seq_len": 100.0}
 
+    wide = {**plain, "attn_bias": plain["attn_bias"].double() if has_bias else None}
     exact_x = x.double()
-    exact = parts(F.silu(exact_x), places, dims)
+    exact = parts(exact_x)
     grads = hstu_attention_backward_reference(
-        dout.double(), exact["q"], exact["k"], exact["v"], **plain, needs_bias_grad=False
+        dout.double(), exact["q"], exact["k"], exact["v"], **wide, needs_bias_grad=has_bias
     )
     want = torch.zeros_like(exact_x)
-    for name, grad in zip("qkvu", [g.flatten(-2) for g in grads[:3]] + [du.double()], strict=True):
-        want[..., places[name][0] : sum(places[name])] = grad
-    want *= exact_x.sigmoid() * (1 + exact_x * (1 - exact_x.sigmoid()))
+    silu_grad = exact_x.sigmoid() * (1 + exact_x * (1 - exact_x.sigmoid()))
+    for name, grad in zip("qkvu", [*grads[:3], du.double()], strict=True):
+        part(name, want).copy_(grad * (part(name, silu_grad) if name in activated else 1))
     leaf = x.clone().requires_grad_()
-    eager = parts(F.silu(leaf), places, dims)
-    out = eager_attention(eager["q"], eager["k"], eager["v"], **plain)
-    (theirs,) = torch.autograd.grad([out, eager["u"]], leaf, [dout, du])
+    eager = parts(leaf)
+    bias = plain["attn_bias"].clone().requires_grad_() if has_bias else None
+    out = eager_attention(eager["q"], eager["k"], eager["v"], **{**plain, "attn_bias": bias})
+    leaves = [leaf, bias] if has_bias else [leaf]
+    theirs, *their_dbias = torch.autograd.grad([out, eager["u"]], leaves, [dout, du])
 
     x, dout = x.masked_fill(unused, NAN), dout.masked_fill(~used[..., None, None], NAN)
-    act = parts(F.silu(x), places, dims)
-    at = {f"{name}_at": start for name, (start, _) in places.items()}
+    act = parts(x)
+
+    def into(name: str, dx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return part(name, dx), part(name, x) if name in activated else None
+
     if one_kernel:
         monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", 0)
     poison_new_memory(monkeypatch)
@@ -102,7 +125,11 @@ def test_packed_gradient(dtype, dim, order, layout, mask, one_kernel, monkeypatc
         first, again, without_u = (x.new_empty(x.shape) for _ in range(3))
         without_u[..., ~of_attention] = 7
         for dx, given in ((first, du), (again, du), (without_u, None)):
-            kernel.silu_backward(dout, given, x, act["q"], act["k"], act["v"], dx, columns=at, **call)
+            of_qkv, of_u = [into(name, dx) for name in "qkv"], None if given is None else (given, into("u", dx))
+            operands = dout, act["q"], act["k"], act["v"], of_qkv, of_u
+            dbias = kernel.silu_backward(*operands, needs_bias_grad=has_bias, **call)
+        if has_bias:
+            assert_within_budget(dbias, *their_dbias, grads[3], BACKWARD, f"{name}: the bias")
         assert torch.equal(first, again), f"{name} differs from run to run"
         assert (first[unused] == 0).all(), f"{name}: rows of no sequence"
         assert_within_budget(first, theirs, want.masked_fill(unused, 0), BACKWARD, name)

@@ -55,10 +55,10 @@ def test_a_miss(kind: type[nn.Module]) -> None:
     assert f"cost: {COSTS[pass_name]}" in text
 
 
-def test_what_is_changed_between_silu_and_attention() -> None:
+def test_what_is_changed_between_split_and_attention() -> None:
     (report,) = explain(models.WrittenInPlace()).reports
     (miss,) = report.missed("packed_gradient")
-    assert "q is changed between the silu and the attention: mul_" in (miss.reason or "")
+    assert "q is changed between the split and the attention: mul_" in (miss.reason or "")
     assert "q.mul_(0.5)" in (miss.reason or "") and miss.change == "q as the split gives it"
     (miss,) = report.missed("uvqk")
     assert "found no use as q" in (miss.reason or "") and "q.mul_(0.5)" in (miss.reason or "")

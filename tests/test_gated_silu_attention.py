@@ -13,14 +13,13 @@ from test_silu_attention import (
     LENGTHS,
     MASKS,
     ORDERS,
-    WIDTHS,
     H,
     W,
     attention,
-    columns,
     dense,
     input_of,
     jagged,
+    places,
     slices,
 )
 from torch import Tensor
@@ -28,10 +27,11 @@ from torch import Tensor
 from hstu_compile.ops import gated_silu_attention, hstu_attention, norm_gate_dropout
 from hstu_compile.ops.hstu_attention import PARAMETERS
 from hstu_compile.ops.norm_gate_dropout_reference import GATED, keep_scale
+from hstu_compile.ops.packed_slices import as_arguments
 
 OP = torch.ops.hstu_compile.gated_silu_attention.default
 OP_BACKWARD = torch.ops.hstu_compile.gated_silu_attention_backward.default
-WU = WIDTHS["u"]
+WU = H * HIDDEN
 
 
 class Gate(NamedTuple):
@@ -53,6 +53,7 @@ def gate(affine: str = "both", ratio: float = 0.0, dtype: torch.dtype = torch.fl
         "activation": "silu",
         "gate_first": False,
         "concat_u": False,
+        "concat_activated": False,
     }
     named |= {"concat_x": False, "concat_norm": False, "dropout_ratio": ratio, "out_dtype": dtype, **given}
     seed = torch.tensor([7], device=DEVICE) if ratio else None
@@ -62,14 +63,13 @@ def gate(affine: str = "both", ratio: float = 0.0, dtype: torch.dtype = torch.fl
 def fused(x: Tensor, order: str, call: dict[str, Any], gate: Gate) -> Tensor:
     _, q, k, v = slices(x, order)
     tensors = gate.weight, gate.bias, gate.seed
-    return gated_silu_attention(x, q, k, v, *tensors, attention=call, columns=columns(order), gate=gate.named)
+    return gated_silu_attention(x, q, k, v, *tensors, attention=call, slices=places(order), gate=gate.named)
 
 
 def one_by_one(x: Tensor, order: str, call: dict[str, Any], gate: Gate, attend: Any, after: Any) -> Tensor:
     _, q, k, v = slices(x, order)
     a = attend(q, k, v, **{name: value for name, value in call.items() if name != "mask_tile_states"})
-    at = columns(order)["u_at"]
-    u = x[..., at : at + WU]
+    u = places(order)["u"].of(x, H, HIDDEN).flatten(-2)
     a, u = (t.flatten(0, 1) for t in (a, u)) if x.dim() == 3 else (a, u)
     return after(a, u, gate.weight, gate.bias, seed=gate.seed, **gate.named)
 
@@ -93,9 +93,10 @@ def eager(x: Tensor, order: str, call: dict[str, Any], gate: Gate) -> Tensor:
 
 def run(function: Any, x: Tensor, order: str, call: dict[str, Any], gate: Gate, dy: Tensor) -> list[Tensor]:
     """y and the gradients of x, weight and bias."""
-    leaves = [None if t is None else t.detach().to(x.dtype).requires_grad_() for t in (x, gate.weight, gate.bias)]
+    tensors = x, gate.weight, gate.bias, call["attn_bias"]
+    leaves = [None if t is None else t.detach().to(x.dtype).requires_grad_() for t in tensors]
     named = {**gate.named, "out_dtype": x.dtype}
-    y = function(leaves[0], order, call, Gate(named, leaves[1], leaves[2], gate.seed))
+    y = function(leaves[0], order, {**call, "attn_bias": leaves[3]}, Gate(named, leaves[1], leaves[2], gate.seed))
     return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))]
 
 
@@ -103,7 +104,7 @@ def check(x: Tensor, order: str, call: dict[str, Any], gate: Gate) -> None:
     dy = torch.randn(x.shape[:-1].numel(), WU, device=DEVICE).to(x.dtype)
     ours, theirs = run(fused, x, order, call, gate, dy), run(eager, x, order, call, gate, dy)
     exact = run(unfused, x.double(), order, call, gate, dy)
-    names = "y", "dx", "dweight", "dbias"
+    names = "y", "dx", "dweight", "dbias", "dattn_bias"
     for name, *triple in zip(names, ours, theirs, exact, strict=False):
         assert_within_budget(*triple, FORWARD if name == "y" else BACKWARD, name)
     assert ours[1].is_contiguous()
@@ -118,7 +119,7 @@ def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
     check(input_of(sum(LENGTHS), dtype, layout), order, jagged(**MASKS[mask]), gate())
 
 
-@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
+@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor", "bias"])
 def test_dense(kind: str) -> None:
     torch.manual_seed(1)
     check(input_of(33, torch.bfloat16, "dense"), "uvqk", dense(kind), gate())
@@ -135,7 +136,8 @@ def test_gates(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "given",
     [{}, {"rms": True}, {"gate_first": True}, {"concat_x": True, "concat_norm": True},
-     {"activation": "sigmoid", "concat_u": True}, {"ratio": 0.25, "concat_x": True}],
+     {"activation": "sigmoid", "concat_u": True}, {"ratio": 0.25, "concat_x": True},
+     {"concat_u": True, "concat_activated": True}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("order", ORDERS)
@@ -181,24 +183,24 @@ def test_without_autograd() -> None:
 
 def op_arguments(x: Tensor, order: str, call: dict[str, Any], gate: Gate) -> tuple:
     _, *qkv = slices(x.detach(), order)
-    at = columns(order)
     given = (call[name] for name in PARAMETERS)
-    return x, *qkv, *given, *(at[f"{n}_at"] for n in "uqkv"), *gate[1:], *gate.named.values()
+    return x, *qkv, *given, *as_arguments(places(order)), *gate[1:], *gate.named.values()
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["packed", "strided"])
-def test_opcheck(layout: str, mask: str) -> None:
+@pytest.mark.parametrize("order", ["uvqk", "/kqvu, silu of u"])
+def test_opcheck(order: str, layout: str, mask: str) -> None:
     x, call = input_of(sum(LENGTHS), torch.float32, layout), jagged(**MASKS[mask])
-    arguments = op_arguments(x.detach().requires_grad_(), "uvqk", call, gate())
+    arguments = op_arguments(x.detach().requires_grad_(), order, call, gate())
     torch.library.opcheck(OP, arguments)
     a, dy = torch.randn(len(x), H, HIDDEN, device=DEVICE), torch.randn(len(x), WU, device=DEVICE)
-    torch.library.opcheck(OP_BACKWARD, (dy, a, x.detach(), *arguments[1:]))
+    torch.library.opcheck(OP_BACKWARD, (dy, a, x.detach(), *arguments[1:], False))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"attn_bias": torch.ones(1, 1, 33, 33)}, "attn_bias is given, expected None"),
-    ({"u_at": 1}, "u_at is 1, expected 0: u, q, k and v are all columns of x"),
+    ({"attn_bias": torch.ones(1, 1, 32, 33)}, "shape of attn_bias"),
+    ({"at": 1}, "u_at is 1, expected head 0 of u at column 0: u, q, k and v are all columns of x"),
     ({"num_groups": 3}, "num_groups is 3, expected a divisor of the row's width 64"),
     ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),
 ]
@@ -210,11 +212,14 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
     _, q, k, v = slices(x, "uvqk")
     change = {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in change.items()}
 
+    slices_given = places("uvqk")
+    slices_given["u"] = slices_given["u"]._replace(at=change.get("at", 0))
+
     def changed(named: dict[str, Any]) -> dict[str, Any]:
         return named | {name: value for name, value in change.items() if name in named}
 
     with pytest.raises((ValueError, RuntimeError), match=message):
         gated_silu_attention(
             change.get("x", x), q, k, v, *given[1:],
-            attention=changed(jagged()), columns=changed(columns("uvqk")), gate=changed(given.named),
+            attention=changed(jagged()), slices=slices_given, gate=changed(given.named),
         )  # fmt: skip

@@ -20,6 +20,7 @@ from hstu_compile.ops.hstu_attention import PARAMETERS, attention_features
 from hstu_compile.ops.kernels import attention_sm90, attention_triton, mask_occupancy, table_grad
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask
 from hstu_compile.ops.mask_tile_states import GRAIN, mask_tile_states_reference
+from hstu_compile.ops.packed_slices import Slice
 
 H = 2
 
@@ -140,26 +141,34 @@ def test_c_gets_the_same_of_portable_kernels(
     assert aligned != unaligned
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize(
     "kernels, dim, counts",  # of launches: with dq, dk and dv in one kernel, and without
-    [(attention_sm90, 64, [3, 4]), *((attention_sm90, dim, [4]) for dim in (128, 256)), (attention_triton, 64, [7])],
+    [(attention_sm90, 64, [3, 4]), *((attention_sm90, dim, [4]) for dim in (128, 256)), (attention_triton, 64, [6])],
 )
 def test_c_gets_the_same_for_a_packed_gradient(
-    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, kernels: Any, dim: int, counts: list[int]
+    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, kernels: Any, dim: int, counts: list[int], by_head: bool
 ) -> None:
     monkeypatch.setattr(attention_sm90, "ONE_KERNEL_FROM", LONG)
     memory: dict = {}
-    columns = {f"{name}_at": i * H * dim for i, name in enumerate("uvqk")}
+    places = {
+        name: Slice(*(i * dim, 4 * dim) if by_head else (i * H * dim, dim), True) for i, name in enumerate("uvqk")
+    }
 
     def launched(memory: dict | None, tensors: list[torch.Tensor], call: dict[str, Any]) -> list[tuple]:
         same_addresses()
         passed.clear()
-        kernels.silu_backward(*tensors, columns=columns, memory=memory, **call)
+        dout, du, x, q, k, v, dx = tensors
+        into = {name: (place.of(dx, H, dim), place.of(x, H, dim)) for name, place in places.items()}
+        of_attention = [into["q"], (into["k"][0], None), into["v"]]
+        of_u = du, into["u"]
+        kernels.silu_backward(dout, q, k, v, of_attention, of_u, memory=memory, needs_bias_grad=False, **call)
         return list(map(without_hooks, passed))
 
     for lengths in STEPS:
         (v, q, k, dout), call = inputs(lengths, dim)
-        x, du, dx = (EMPTY(len(q), width * H * dim, dtype=torch.bfloat16) for width in (4, 1, 4))
+        x, dx = (EMPTY(len(q), 4 * H * dim, dtype=torch.bfloat16) for _ in range(2))
+        du = EMPTY(len(q), H, dim, dtype=torch.bfloat16)
         again, public = (launched(each, [dout, du, x, q, k, v, dx], call) for each in (memory, None))
         assert again == public
         assert len(again) == counts[0 if sum(lengths) // len(lengths) >= LONG else -1]

@@ -45,7 +45,7 @@ def gate_inputs(rows: int, variant: str, device: str = "cpu", shift: int = 0) ->
         "gate_first": False,
         "dropout_ratio": 0.0,
     }
-    call |= {name: False for name in ("concat_u", "concat_x", "concat_norm")}
+    call |= {name: False for name in ("concat_u", "concat_activated", "concat_x", "concat_norm")}
     call |= {"out_dtype": torch.bfloat16, **change}
     pieces = 1 + sum(call[name] for name in ("concat_u", "concat_x", "concat_norm"))
     packed = torch.randn(rows * 4 * WIDTH + shift, device=device).bfloat16()[shift:].view(rows, 4 * WIDTH)

@@ -52,6 +52,13 @@ VARIANTS: dict[str, tuple[dict, int, int, tuple[int, ...] | None]] = {
         32,
         (64,),
     ),
+    "concat of the gate": ({"activation": "silu", "concat_u": True, "concat_activated": True}, 2, 32, (64,)),
+    "concat of the gate, norm of the product": (
+        {"gate_first": True, "activation": "sigmoid", "concat_u": True, "concat_activated": True, "concat_x": True},
+        3,
+        25,
+        (75,),
+    ),
     "everything": (
         {"concat_u": True, "concat_x": True, "concat_norm": True, "activation": "silu", "rms": True},
         3,
@@ -72,7 +79,7 @@ def eager(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, opti
     norm = F.rms_norm(x, x.shape[-1:], eps=EPS) if options.get("rms") else F.layer_norm(x, x.shape[-1:], eps=EPS)
     norm = norm if weight is None else norm * weight
     norm = (norm if bias is None else norm + bias).flatten(1)
-    pieces = {"concat_u": u, "concat_x": a, "concat_norm": norm}
+    pieces = {"concat_u": gate if options.get("concat_activated") else u, "concat_x": a, "concat_norm": norm}
     y = torch.cat(
         [piece for name, piece in pieces.items() if options.get(name)] + [norm if first else norm * gate], dim=1
     )
@@ -101,7 +108,7 @@ def operands(variant: str, dtype: torch.dtype, layout: str = "packed") -> tuple[
 
 
 def all_options(options: dict, dtype: torch.dtype, dropout_ratio: float = 0.0) -> dict:
-    names = ("concat_u", "concat_x", "concat_norm", "rms", "gate_first")
+    names = ("concat_u", "concat_activated", "concat_x", "concat_norm", "rms", "gate_first")
     default = {"num_groups": 1, "activation": "none", "norm_eps": EPS, **dict.fromkeys(names, False)}
     return {**default, **options, "dropout_ratio": dropout_ratio, "out_dtype": dtype}
 
@@ -341,6 +348,21 @@ def test_kernel_without_eps_keeps_the_rest_of_a_tile_out_of_the_sums():
 def test_kernel_strides(layout):
     tensors, options = operands("layer norm", torch.float32, layout)
     check(kernel(tensors, options), tensors, options)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["packed", "interleaved"])
+@pytest.mark.parametrize("variant", ["layer norm", "concat of the gate", "group norm"])
+def test_kernel_writes_du_into_columns_of_longer_rows(variant, layout):
+    from hstu_compile.ops.kernels import norm_gate_dropout as module
+
+    (a, u, weight, bias), options = operands(variant, torch.float32, layout)
+    dx = torch.full((T, 4 * a.shape[1:].numel()), torch.nan, device=DEVICE)
+    du = dx.as_strided(u.shape, u.stride())  # as u lies in x
+    dy = torch.randn(T, (1 + options.get("concat_u", False)) * a.shape[1:].numel(), device=DEVICE)
+    call = (dy, a, u, weight, bias, None)
+    (_, want, *_), (_, given, *_) = (module.backward(*call, du=t, **all_options(options, a.dtype)) for t in (None, du))
+    assert given is du and torch.equal(du, want) and dx.isnan().sum() == dx.numel() - du.numel()
 
 
 @needs_kernel

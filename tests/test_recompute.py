@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hstu_compile
 from bench.native_layer import HSTUStack
+from hstu_compile.passes.graph import value
 from hstu_compile.passes.recompute import SaveResults
 from tests.models import MODELS
 from tests.without_codegen import Compiled, inductor_without_codegen
@@ -38,8 +39,9 @@ class Layer:
     backward: tuple[Any, ...] = (GATE_BACKWARD, ATTENTION_BACKWARD)
 
 
-def one(name: str, projection: int, activation: int) -> Layer:
-    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation)
+def one(name: str, projection: int, activation: int, *backward: Any) -> Layer:
+    calls = (backward,) if backward else ()
+    return Layer(MODELS[name].model, MODELS[name].arguments(3), 16, projection, activation, *calls)
 
 
 def native(dropout_ratio: float) -> Layer:
@@ -50,8 +52,8 @@ def native(dropout_ratio: float) -> Layer:
 LAYERS = {
     "native": native(0.0),
     "native with dropout": native(0.2),
-    "meta_stu": one("meta_stu", 48, 16),  # silu on u alone
-    "nvidia_native": one("nvidia_native", 64, 64),
+    "meta_stu": one("meta_stu", 48, 0, GATED_BACKWARD),  # silu on u alone
+    "nvidia_native": one("nvidia_native", 64, 48, GATED_BACKWARD),
     "research unbroken": one("research unbroken", 48, 48),
     "four linears": one("four linears", 64, 48),
 }
@@ -84,12 +86,14 @@ def step(layer: Layer, options: dict[str, bool], inductor: Compiled) -> Step:
     out.square().sum().backward()
     forward, backward = inductor.aot_graphs
     kept = [n for n in backward.graph.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))]
-    tensors = [n.meta["val"] for n in kept if isinstance(n.meta["val"], Tensor)]
-    sizes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+    saved = [n for n in forward.graph.nodes if n.name in {n.name for n in kept} and isinstance(n.meta["val"], Tensor)]
+    each = {value(n).untyped_storage()._cdata: value(n) for n in saved}.values()  # views of one tensor are one
+    sizes = [t.untyped_storage().nbytes() for t in each]
+    numbers = sum(size // t.itemsize for size, t in zip(sizes, each, strict=True))
     nodes = [*forward.graph.nodes, *backward.graph.nodes]
     ours = [n.target for n in nodes if str(n.target).startswith("hstu_compile.")]
     calls = [target for target in ours if target is not OPS.mask_tile_states.default]
-    return Step(*sizes, calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
+    return Step(numbers, sum(sizes), calls, [out.detach(), x.grad, *(p.grad for p in model.parameters())])
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -11,28 +11,51 @@ from torch import Tensor
 
 from hstu_compile.ops import hstu_attention, mask_tile_states, silu_attention
 from hstu_compile.ops.hstu_attention import PARAMETERS
-from hstu_compile.ops.silu_attention import COLUMNS
+from hstu_compile.ops.packed_slices import PLACES, Slice, as_arguments
 from hstu_compile.ops.silu_attention_reference import silu_attention_backward_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, ATTN, HIDDEN = 2, 16, 32
-WIDTHS = {"u": H * HIDDEN, "v": H * HIDDEN, "q": H * ATTN, "k": H * ATTN}
-W = sum(WIDTHS.values())
-ORDERS = ["uvqk", "qkvu", "kuqv"]
+DIMS = {"u": HIDDEN, "v": HIDDEN, "q": ATTN, "k": ATTN}
+W = H * sum(DIMS.values())
+# The roles in the order of their columns, "/" where they stand so in each head; and those of silu(x).
+ORDERS = {
+    "uvqk": "uvqk",
+    "qkvu": "uvqk",
+    "kuqv": "uvqk",
+    "uvqk, silu of u": "u",
+    "vkqu, silu of uv": "uv",
+    "qukv, silu of none": "",
+    "/uvqk": "uvqk",
+    "/kqvu, silu of u": "u",
+    "u/qkv": "qk",
+}
 LENGTHS = [0, 1, 7, 33, 20, 0]
 OP = torch.ops.hstu_compile.silu_attention.default
 OP_BACKWARD = torch.ops.hstu_compile.silu_attention_backward.default
 
 
-def columns(order: str) -> dict[str, int]:
-    widths = [WIDTHS[name] for name in order]
-    return {f"{name}_at": sum(widths[:i]) for i, name in enumerate(order)}
+def places(order: str) -> dict[str, Slice]:
+    apart, _, by_head = order.partition(",")[0].partition("/")
+    found, end = {}, 0
+    for name in apart:
+        found[name] = Slice(end, DIMS[name], name in ORDERS[order])
+        end += H * DIMS[name]
+    stride = sum(DIMS[name] for name in by_head)
+    for name in by_head:
+        found[name] = Slice(end, stride, name in ORDERS[order])
+        end += DIMS[name]
+    return found
 
 
 def slices(x: Tensor, order: str) -> list[Tensor]:
-    """u, q, k, v of silu(x)."""
-    named = dict(zip(order, F.silu(x).split([WIDTHS[name] for name in order], dim=-1), strict=True))
-    return [named["u"], *(named[name].unflatten(-1, (H, -1)) for name in "qkv")]
+    """u, q, k, v of x or silu(x)."""
+    activated, parts = F.silu(x), []
+    for name in "uqkv":
+        at, stride, silu = places(order)[name]
+        heads = [(activated if silu else x)[..., at + i * stride :][..., : DIMS[name]] for i in range(H)]
+        parts.append(torch.stack(heads, dim=-2))
+    return parts
 
 
 def attention(**given: Any) -> dict[str, Any]:
@@ -50,6 +73,8 @@ def dense(kind: str) -> dict[str, Any]:
     call = attention(max_seq_len=33)
     if kind == "lengths":
         call["seq_lengths"] = torch.tensor([33, 0, 20], device=DEVICE)
+    elif kind == "bias":
+        call["attn_bias"] = torch.randn(1, 2, 33, 33, device=DEVICE)
     elif kind == "mask tensor":
         call["attn_mask"] = (torch.rand(3, 1, 33, 33, device=DEVICE) < 0.5).float()
         call["mask_tile_states"] = mask_tile_states(call["attn_mask"])
@@ -63,7 +88,7 @@ def input_of(total: int, dtype: torch.dtype, layout: str) -> Tensor:
 
 
 def fused(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return silu_attention(x, *slices(x, order), **columns(order), **call)
+    return silu_attention(x, *slices(x, order), attention=call, slices=places(order))
 
 
 def unfused(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -77,25 +102,26 @@ def eager(x: Tensor, order: str, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def run(function, x: Tensor, order: str, call: dict[str, Any], upstream: list[Tensor]) -> tuple[Tensor, ...]:
-    """u, the attention's output and the gradient of x."""
+    """u, the attention's output, the gradient of x and that of the bias, if there is one."""
     x = x.detach().requires_grad_()
-    outputs = function(x, order, call)
-    (dx,) = torch.autograd.grad(outputs, x, [g.to(x.dtype) for g in upstream])
-    return *outputs, dx
+    bias = call["attn_bias"]
+    leaves = [x] if bias is None else [x, bias.to(x.dtype).requires_grad_()]
+    outputs = function(x, order, call if bias is None else {**call, "attn_bias": leaves[1]})
+    return *outputs, *torch.autograd.grad(outputs, leaves, [g.to(x.dtype) for g in upstream])
 
 
 def upstream_of(x: Tensor) -> list[Tensor]:
-    shapes = (WIDTHS["u"],), (H, HIDDEN)
-    return [torch.randn(*x.shape[:-1], *shape, device=DEVICE).to(x.dtype) for shape in shapes]
+    return [torch.randn(*x.shape[:-1], H, HIDDEN, device=DEVICE).to(x.dtype) for _ in range(2)]
 
 
 def check(x: Tensor, order: str, call: dict[str, Any]) -> None:
     upstream = upstream_of(x)
     ours, theirs = run(fused, x, order, call, upstream), run(eager, x, order, call, upstream)
     exact = run(unfused, x.double(), order, call, upstream)
-    for name, m, *triple in zip(("u", "out", "dx"), (FORWARD, FORWARD, BACKWARD), ours, theirs, exact, strict=True):
+    names, budgets = ("u", "out", "dx", "dbias"), (FORWARD, FORWARD, BACKWARD, BACKWARD)
+    for name, m, *triple in list(zip(names, budgets, ours, theirs, exact, strict=False)):
         assert_within_budget(*triple, m, name)
-    assert ours[-1].is_contiguous()
+    assert ours[2].is_contiguous() and len(ours) == (3 if call["attn_bias"] is None else 4)
 
 
 MASKS: dict[str, dict[str, Any]] = {
@@ -114,7 +140,7 @@ def test_jagged(order: str, mask: str, layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor"])
+@pytest.mark.parametrize("kind", ["full", "lengths", "mask tensor", "bias"])
 def test_dense(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     check(input_of(33, dtype, "dense"), "uvqk", dense(kind))
@@ -144,15 +170,14 @@ def test_rows_of_no_sequence_matter_to_u_alone() -> None:
     total = sum(LENGTHS)
     x = torch.randn(total + 9, W, device=DEVICE)
     du, dout = upstream_of(x)
-    start = columns("uvqk")["u_at"]
-    of_u = slice(start, start + WIDTHS["u"])
+    of_u = slice(0, H * HIDDEN)
     poisoned = torch.full_like(x, float("nan"))
     poisoned[:total], poisoned[:, of_u] = x[:total], x[:, of_u]
     dout[total:] = float("nan")
     *_, dx = run(fused, poisoned, "uvqk", jagged(), [du, dout])
     *_, want = run(fused, x[:total], "uvqk", jagged(), [du[:total], dout[:total]])
     leaf = x[total:, of_u].clone().requires_grad_()
-    (want_u,) = torch.autograd.grad(F.silu(leaf), leaf, du[total:])
+    (want_u,) = torch.autograd.grad(F.silu(leaf), leaf, du[total:].flatten(1))
     assert torch.equal(dx[:total], want)
     torch.testing.assert_close(dx[total:, of_u], want_u)
     dx[:, of_u] = 0
@@ -171,27 +196,51 @@ def test_16_bits_are_rounded_once() -> None:
     u, q, k, v = slices(x, "uvqk")
     call = {name: value for name, value in jagged().items() if name not in ("mask_tile_states", "attn_bias")}
     du, dout = upstream_of(x)
-    tensors = dout, du, x, q, k, v
-    ours, wide = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-    silu_attention_backward_reference(*tensors, ours, **columns("uvqk"), **call)
-    silu_attention_backward_reference(*(t.float() for t in tensors), wide, **columns("uvqk"), **call)
-    assert torch.equal(ours, wide.bfloat16())
+    found = places("uvqk")
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        dx, given = torch.empty_like(x, dtype=dtype), [t.to(dtype) for t in (dout, q, k, v, du)]
+        into = {n: (place.of(dx, H, DIMS[n]), place.of(x, H, DIMS[n]).to(dtype)) for n, place in found.items()}
+        of_attention = [into[name] for name in "qkv"]
+        of_u = given[4], into["u"]
+        silu_attention_backward_reference(*given[:4], of_attention, of_u, needs_bias_grad=False, **call)
+        return dx
+
+    assert torch.equal(gradient(torch.bfloat16), gradient(torch.float32).bfloat16())
+
+
+def test_jagged_with_a_bias() -> None:
+    torch.manual_seed(5)
+    call = jagged(attn_bias=torch.randn(len(LENGTHS), 1, 33, 33, device=DEVICE))
+    for dtype in (torch.float32, torch.bfloat16):
+        check(input_of(sum(LENGTHS), dtype, "packed"), "/kqvu, silu of u", call)
 
 
 def op_arguments(call: dict[str, Any], *tensors: Tensor, order: str = "uvqk") -> tuple:
-    at = columns(order)
-    return *tensors, *(call[name] for name in PARAMETERS), *(at[name] for name in COLUMNS)
+    return *tensors, *(call[name] for name in PARAMETERS), *as_arguments(places(order))
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["packed", "strided"])
-def test_opcheck(layout: str, mask: str) -> None:
+@pytest.mark.parametrize("order", ["uvqk", "/kqvu, silu of u"])
+def test_opcheck(order: str, layout: str, mask: str) -> None:
     x, call = input_of(sum(LENGTHS), torch.float32, layout), jagged(**MASKS[mask])
     leaf = x.detach().requires_grad_()
-    torch.library.opcheck(OP, op_arguments(call, leaf, *slices(x, "uvqk")))
-    u, q, k, v = slices(x, "uvqk")
+    torch.library.opcheck(OP, op_arguments(call, leaf, *slices(x, order), order=order))
+    u, q, k, v = slices(x, order)
     du, dout = upstream_of(x)
-    torch.library.opcheck(OP_BACKWARD, op_arguments(call, dout, du, x, q, k, v))
+    torch.library.opcheck(OP_BACKWARD, (*op_arguments(call, dout, du, x, q, k, v, order=order), False))
+
+
+def test_opcheck_with_a_bias() -> None:
+    x, call = input_of(33, torch.float32, "dense"), dense("bias")
+    call["attn_bias"].requires_grad_()
+    torch.library.opcheck(OP, op_arguments(call, x.detach().requires_grad_(), *slices(x, "uvqk")))
+    _, q, k, v = slices(x, "uvqk")
+    call["attn_bias"] = call["attn_bias"].detach()
+    du, dout = upstream_of(x)
+    for needed in (True, False):
+        torch.library.opcheck(OP_BACKWARD, (*op_arguments(call, dout, du, x, q, k, v), needed))
 
 
 def test_opcheck_dense() -> None:
@@ -200,14 +249,17 @@ def test_opcheck_dense() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"attn_bias": torch.ones(1, 1, 33, 33)}, "attn_bias is given, expected None"),
+    ({"attn_bias": torch.ones(1, 1, 32, 33)}, "shape of attn_bias"),
     ({"attn_mask": torch.ones(1, 1, 33, 33)}, "mask_tile_states is missing"),
-    ({"u_at": 1}, "u_at is 1, expected 0: u, q, k and v are all columns of x"),
-    ({"k_at": columns("uvqk")["q_at"]}, "k_at is 128|q_at is 128"),
+    ({"u_at": 1}, "u_at is 1, expected head 0 of u at column 0: u, q, k and v are all columns of x"),
+    ({"k_at": places("uvqk")["q"].at}, "k_at is 128|q_at is 128"),
+    ({"v_head_stride": 33}, "v_head_stride is 33, expected head 1 of v at column 96"),
+    ({"q_head_stride": 97}, "q_head_stride is 97, expected at most 1 / 2 of the columns of x, 192"),
+    ({"activated": "uvw"}, "activated is uvw, expected some of uqkv"),
     ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),
     ({"x": torch.ones(60, W)}, "shape of d?u"),
     ({"x": torch.ones(61, W).half()}, "dtype of d?u is torch.float32, expected that of x, torch.float16"),
-    ({"u": torch.ones(61, 2, 32)}, "shape of d?u"),
+    ({"u": torch.ones(61, 64)}, "shape of d?u"),
     ({"q": torch.ones(61, 32)}, "shape of q"),
 ]
 
@@ -216,15 +268,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> None:
     x = torch.randn(sum(LENGTHS), W, device=DEVICE)
     tensors = dict(zip("uqkv", slices(x, "uvqk"), strict=True))
-    given = {"x": x, **tensors, **columns("uvqk"), **jagged()}
-    silu_attention(**given)
+    given = {"x": x, **tensors, **dict(zip(PLACES, as_arguments(places("uvqk")), strict=True)), **jagged()}
+    order = ("x", "u", "q", "k", "v", *PARAMETERS, *PLACES)
+    OP(*(given[name] for name in order))
     change = {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in change.items()}
     with pytest.raises((ValueError, RuntimeError), match=message):
-        silu_attention(**{**given, **change})
+        OP(*({**given, **change}[name] for name in order))
     du, dout = upstream_of(x)
     bad = {"du": du, **given, **change}
     bad["du"] = bad.pop("u") if "u" in change else du
-    order = ("du", "x", "q", "k", "v", *PARAMETERS, *COLUMNS)
-    OP_BACKWARD(dout, du, *(given[name] for name in order[1:]))  # what is remembered of it lets nothing pass
+    order = ("du", "x", "q", "k", "v", *PARAMETERS, *PLACES)
+    OP_BACKWARD(dout, du, *(given[name] for name in order[1:]), False)  # what is remembered of it lets nothing pass
     with pytest.raises((ValueError, RuntimeError), match=message):
-        OP_BACKWARD(dout, *(bad[name] for name in order))
+        OP_BACKWARD(dout, *(bad[name] for name in order), False)

@@ -13,7 +13,8 @@ from test_sm90_compiles import MASKS, NOTHING, assert_fits, of_products
 
 from hstu_compile.ops.kernels import attention_sm90
 from hstu_compile.ops.kernels.launch import Workspace
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
+from hstu_compile.ops.kernels.silu_backward import silu_backward_launch
+from hstu_compile.ops.packed_slices import Slice
 
 if torch.cuda.is_available():
     from silu_backward_cases import *  # noqa: F403
@@ -26,21 +27,30 @@ else:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("activated, interleaved", [("uvqk", False), ("u", False), ("uvqk", True), ("vk", True)])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dim, mask", [(64, "causal"), (128, "causal"), (256, "targets")])
-def test_compiles(dim: int, mask: str) -> None:
+def test_compiles(dim: int, mask: str, has_bias: bool, activated: str, interleaved: bool) -> None:
     H = 2
     x, dx, act = (torch.empty(16, 4 * H * dim, dtype=torch.bfloat16) for _ in range(3))
     dout = torch.empty(16, H, dim, dtype=torch.bfloat16)
     call = {**NOTHING, "seq_offsets": torch.tensor([0, 16]), "max_seq_len": 16, "alpha": 0.5, "scale": 0.1}
     call |= {name: torch.tensor(v) if isinstance(v, list) else v for name, v in MASKS[mask].items()}
-    columns = {f"{name}_at": i * H * dim for i, name in enumerate("uvqk")}
-    du = dout.flatten(1)
-    (q, k, v), grads, silu_of = (slices_of(t, dout, dout, dout, columns) for t in (act, dx, x))
+    if has_bias:
+        call["attn_bias"] = torch.empty(1, 1, 16, 16, dtype=torch.bfloat16)
+    places = {
+        name: Slice(i * dim, 4 * dim, True) if interleaved else Slice(i * H * dim, dim, True)
+        for i, name in enumerate("uvqk")
+    }
+    q, k, v = (places[name].of(act, H, dim) for name in "qkv")
+    grads = {name: place.of(dx, H, dim) for name, place in places.items()}
+    silu_of = {name: place.of(x, H, dim) if name in activated else None for name, place in places.items()}
     extent = attention_sm90.extent_of(q, call)
     with compile_only.target(90), mock.patch.object(attention_sm90, "ONE_KERNEL_FROM", 0):
         workspace = Workspace(q.device, extent)
-        launches = attention_sm90.backward_launches(dout, q, k, v, *grads, workspace, 132, silu_of, **call)
-        launches.append(silu_backward_launch(*u_slices(du, x, dx, columns["u_at"]), extent))
+        of_qkv = [grads[name] for name in "qkv"], [silu_of[name] for name in "qkv"]
+        launches = attention_sm90.backward_launches(dout, q, k, v, *of_qkv[0], workspace, 132, of_qkv[1], **call)
+        launches.append(silu_backward_launch(dout, (grads["u"], silu_of["u"]), extent))
         for launch in of_products(launches):
             name = launch.kernel.__name__
             kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))

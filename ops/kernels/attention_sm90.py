@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hstu_compile.ops.kernels.attention_call import extent_of, given_tensors, num_sequences
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
+from hstu_compile.ops.kernels.silu_backward import Into, silu_backward_launch
 from hstu_compile.ops.kernels.slots import slots_of
+from hstu_compile.ops.kernels.strides import evenly_apart
 
 MAX_DIM = 256
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that TMA wants strides to be a multiple of
@@ -140,47 +141,51 @@ def backward(
 
         key = (dout.dtype, dout.shape[1:], dout.stride(), in_one_kernel(filled_dim(q, v), extent, call))
         run(memory, key, [dout, q, k, v, *grads, *given_tensors(call)], extent, launches)
-    if not needs_bias_grad or call["attn_bias"] is None:
-        return dq, dk, dv, None
+    return dq, dk, dv, bias_grad(dout, q, k, v, memory, call) if needs_bias_grad else None
+
+
+def bias_grad(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: dict[Hashable, Any] | None, call: dict[str, Any]
+) -> Tensor | None:
+    if call["attn_bias"] is None:
+        return None
     from hstu_compile.ops.kernels.attention_sm90_dbias_launch import dbias
 
-    return dq, dk, dv, dbias(dout, q, k, v, memory=memory, **call)
+    return dbias(dout, q, k, v, memory=memory, **call)
 
 
 def silu_backward(
     dout: Tensor,
-    du: Tensor | None,
-    x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dx: Tensor,
+    into: Sequence[Into],
+    of_u: tuple[Tensor, Into] | None = None,
     *,
-    columns: dict[str, int],
+    needs_bias_grad: bool,
     memory: dict[Hashable, Any] | None = None,
     **call: Any,
-) -> None:
-    """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); keywords as in `backward`.
+) -> Tensor | None:
+    """The gradients of q, k and v where they belong, or instead of them those of what they are the silu of; returns
+    that of the bias, if asked for. Keywords as in `backward`.
 
-    du: None leaves the columns of u as they are.
-    x, dx: contiguous.
-    columns: of x at which they begin: u_at, q_at, k_at and v_at.
+    of_u: the gradient of u, and where it goes.
     """
-    if not dx.numel():
-        return
     extent = extent_of(q, call)
-    grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
-    of_u = () if du is None else u_slices(du, x, dx, columns["u_at"])
+    grads, silu_of = zip(*into, strict=True)
+    du, into_u = (None, ()) if of_u is None else (evenly_apart(of_u[0]), of_u[1])
 
     def launches(workspace: Workspace) -> list[Launch]:
         args = dout, q, k, v, *grads, workspace, processors(q.device)
         of_attention = backward_launches(*args, silu_of, **call)
-        return [*of_attention, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
+        return [*of_attention, *([] if du is None else [silu_backward_launch(du, into_u, extent)])]
 
-    layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
-    layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
-    key = (*layouts, *columns.items(), in_one_kernel(filled_dim(q, v), extent, call))
-    run(memory, key, [dout, q, k, v, *grads, *silu_of, *of_u, *given_tensors(call)], extent, launches)
+    given = [dout, *grads, *silu_of, du, *into_u]
+    layouts = [None if t is None else (t.dtype, t.shape[1:], t.stride()) for t in given]
+    key = (*layouts, in_one_kernel(filled_dim(q, v), extent, call))
+    if q.numel():
+        run(memory, key, [q, k, v, *given, *given_tensors(call)], extent, launches)
+    return bias_grad(dout, q, k, v, memory, call) if needs_bias_grad else None
 
 
 def forward_launches(
@@ -340,8 +345,8 @@ def filled_dim(q: Tensor, v: Tensor) -> int:
 
 
 def result_of(out: Tensor, silu_of: Tensor | None = None) -> Any:
-    """[..., heads, dim] with heads side by side, all rows evenly apart."""
-    return kernels().result(out, out.stride(-3), silu_of)
+    """[..., heads, dim], all rows evenly apart."""
+    return kernels().result(out, out.stride(-3), kernels().portable.constant(out.stride(-2)), silu_of)
 
 
 def batch_of(q: Tensor, batch_rows: int, call: dict[str, Any]) -> tuple:

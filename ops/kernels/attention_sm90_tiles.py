@@ -69,6 +69,7 @@ class Result(NamedTuple):
 
     ptr: Any
     row_stride: Any
+    head_stride: gl.constexpr
     silu_of: Any  # for the gradient of silu(x): x, which lies as the gradient does. Else None
 
 
@@ -227,7 +228,7 @@ def store_rows(out, acc, row0, sequence, DIM: gl.constexpr):
     rows = row0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
     row_stride = anew(out.row_stride).to(gl.int64)
-    first = sequence.out_row * row_stride + sequence.head * DIM
+    first = sequence.out_row * row_stride + sequence.head * out.head_stride
     where = rows[:, None].to(gl.int64) * row_stride + cols[None, :]
     inside = rows[:, None] < sequence.stored
     if DIM < acc.shape[1]:

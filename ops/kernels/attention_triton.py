@@ -4,7 +4,7 @@ The mask family, a mask tensor and a bias are fused; rows, heads and sequences m
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from hstu_compile.ops.kernels.attention_triton_tiles import Tile, tiles_for
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, run
 from hstu_compile.ops.kernels.mask_occupancy import TiledMask, list_tiles
 from hstu_compile.ops.kernels.mask_tiles import Family
-from hstu_compile.ops.kernels.silu_backward import silu_backward_launch, slices_of, u_slices
+from hstu_compile.ops.kernels.silu_backward import Into, silu_backward_launch
 from hstu_compile.ops.kernels.slots import slots_of
+from hstu_compile.ops.kernels.strides import evenly_apart
 from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,65 +80,53 @@ def backward(
     **arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, if asked for, dbias in the shape of attn_bias; see `forward`."""
-    bias = arguments["attn_bias"] if needs_bias_grad else None
     dq, dk, dv = grads = tuple([torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)])
-    dbias = None if bias is None else empty_bias_grad(bias)
-    if not dq.numel():
-        return dq, dk, dv, None if dbias is None else dbias.zero_().to(bias.dtype)
-    arguments["attn_mask"] = readable_mask(arguments["attn_mask"])
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-
-    def launches(workspace: Workspace) -> list[Launch]:
-        call = Call(q, k, v, workspace, **arguments)
-        call.gradients(dout, *grads)
-        call.zero_tail(*grads)
-        if dbias is not None and dbias.numel():
-            call.dbias(call.tiles.dbias, dout, dbias)
-        return call.launches
-
-    key = (dout.dtype, dout.shape[1:], dout.stride(), dbias is None)
-    tensors = [dout, q, k, v, *grads, dbias, *given_tensors(arguments)]
-    run(memory, key, tensors, extent_of(q, arguments), launches)
-    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
+    into = [(grad, None) for grad in grads]
+    dbias = silu_backward(dout, q, k, v, into, memory=memory, needs_bias_grad=needs_bias_grad, **arguments)
+    return dq, dk, dv, dbias
 
 
 def silu_backward(
     dout: Tensor,
-    du: Tensor | None,
-    x: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dx: Tensor,
+    into: Sequence[Into],
+    of_u: tuple[Tensor, Into] | None = None,
     *,
-    columns: dict[str, int],
+    needs_bias_grad: bool,
     memory: dict[Hashable, Any] | None = None,
     **arguments: Any,
-) -> None:
-    """Fill dx, the gradient of x where u, q, k, v are slices of silu(x); see attention_sm90 and `forward`."""
-    if not dx.numel():
-        return
+) -> Tensor | None:
+    """The gradients of q, k and v, or of what they are the silu of, of u and the bias: see attention_sm90."""
+    bias = arguments["attn_bias"] if needs_bias_grad else None
+    dbias = None if bias is None else empty_bias_grad(bias)
+    if not q.numel():
+        return None if dbias is None else dbias.zero_().to(bias.dtype)
     arguments["attn_mask"] = readable_mask(arguments["attn_mask"])
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    grads, silu_of = slices_of(dx, q, k, v, columns), slices_of(x, q, k, v, columns)
-    flat_grads, flat_silu_of = ([t.flatten(-2) for t in slices] for slices in (grads, silu_of))
-    of_u = () if du is None else u_slices(du, x, dx, columns["u_at"])
+    grads, silu_of = zip(*into, strict=True)
+    du, into_u = (None, ()) if of_u is None else (evenly_apart(of_u[0]), of_u[1])
     extent = extent_of(q, arguments)
 
     def launches(workspace: Workspace) -> list[Launch]:
         call = Call(q, k, v, workspace, **arguments)
         call.gradients(dout, *grads)
-        times_silu = [
-            silu_backward_launch(grad, of, grad, extent) for grad, of in zip(flat_grads, flat_silu_of, strict=True)
-        ]
-        call.launches += times_silu
+        for grad, of in into:
+            if of is not None:
+                call.launches.append(silu_backward_launch(grad, (grad, of), extent))
         call.zero_tail(*grads)
-        return [*call.launches, *([silu_backward_launch(*of_u, extent)] if of_u else [])]
+        if du is not None:
+            call.launches.append(silu_backward_launch(du, into_u, extent))
+        if dbias is not None and dbias.numel():
+            call.dbias(call.tiles.dbias, dout, dbias)
+        return call.launches
 
-    layouts = [dout.dtype, dout.shape[1:], dout.stride(), dx.shape[1:]]
-    layouts += [(t.dtype, t.shape[1:], t.stride()) for t in of_u[:1]]
-    tensors = [dout, q, k, v, *grads, *flat_grads, *flat_silu_of, *of_u, *given_tensors(arguments)]
-    run(memory, (*layouts, *columns.items()), tensors, extent, launches)
+    given = [dout, *grads, *silu_of, du, *into_u]
+    layouts = [None if t is None else (t.dtype, t.shape[1:], t.stride()) for t in given]
+    tensors = [q, k, v, *given, dbias, *given_tensors(arguments)]
+    run(memory, (*layouts, dbias is None), tensors, extent, launches)
+    return None if dbias is None else dbias.to(bias.dtype)
 
 
 def readable_mask(mask: TiledMask | None) -> TiledMask | None:

@@ -55,8 +55,8 @@ def _affine_strides(t: Tensor | None, groups: int, width: int) -> tuple[int, int
 
 def kernel_arguments(
     a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
-    norm_eps: float, num_groups: int, rms: bool, activation: str, gate_first: bool, concat_u: bool, concat_x: bool,
-    concat_norm: bool, dropout_ratio: float, out_dtype: torch.dtype,
+    norm_eps: float, num_groups: int, rms: bool, activation: str, gate_first: bool, concat_u: bool,
+    concat_activated: bool, concat_x: bool, concat_norm: bool, dropout_ratio: float, out_dtype: torch.dtype,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
     """Tensors, scalars and compile-time values, as both kernels take them; the tile is each kernel's own."""
     width = a.shape[1:].numel() // num_groups
@@ -74,7 +74,7 @@ def kernel_arguments(
     constants = dict(
         GROUPS=num_groups, WIDTH=width, A_HEAD_DIM=a_head_dim, U_HEAD_DIM=u_head_dim,
         AFFINE_GROUP=group_stride, AFFINE_COLUMN=column_stride, RMS=rms, ACTIVATION=activation, GATE_FIRST=gate_first,
-        CONCAT_U=concat_u, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
+        CONCAT_U=concat_u, CONCAT_ACTIVATED=concat_activated, CONCAT_X=concat_x, CONCAT_NORM=concat_norm,
     )  # fmt: skip
     return (a, u, weight, bias, seed), scalars, constants
 
@@ -113,7 +113,7 @@ def backward(
     dy: Tensor, a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, *,
     du: Tensor | None = None, memory: dict[Hashable, Any] | None = None, **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """da, du, dweight, dbias; see `forward`. du: [T, W], columns contiguous, to be filled; None: make one."""
+    """da, du, dweight, dbias; see `forward`. du: like u, columns contiguous, to be filled; None: make one."""
     da, dweight, dbias = (
         None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, weight, bias)
     )
@@ -153,7 +153,10 @@ def backward_launches(
     if weight is not None or bias is not None:
         shares = workspace.empty(torch.float32, lambda extent: (2, programs(extent), groups, width))
     sizes = functools.partial(backward_sizes, programs, groups)
-    du_row = du.stride(0)
+    du_row, du_head, du_head_dim = strides_and_columns(du)
+    if du_head in (0, du_head_dim):
+        du_head, du_head_dim = 0, groups * width
+    constants |= {"DU_HEAD": du_head, "DU_HEAD_DIM": du_head_dim}
     arguments = (dy.contiguous(), *tensors, da, du, shares, *scalars, du_row)
     first = Launch(backward_kernel, sizes(extent)[0], arguments, constants | tile, sizes)
     return [first] if shares is None else [first, *sum_launches(shares, dweight, dbias, programs, extent)]

@@ -91,7 +91,7 @@ def forward_kernel(
     a, u, weight, bias, seed, y, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
+    GATE_FIRST: tl.constexpr, CONCAT_ACTIVATED: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) % GROUPS
@@ -109,7 +109,7 @@ def forward_kernel(
     PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
     out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
     if CONCAT_U:
-        put(y, out, inside, g, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
+        put(y, out, inside, gate if CONCAT_ACTIVATED else g, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
         out += GROUPS * WIDTH
     if CONCAT_X:
         put(y, out, inside, x, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
@@ -125,9 +125,9 @@ def backward_kernel(
     dy, a, u, weight, bias, seed, da, du, shares, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale, du_row,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
+    GATE_FIRST: tl.constexpr, CONCAT_ACTIVATED: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BUFFERS: tl.constexpr,
+    DU_HEAD: tl.constexpr, DU_HEAD_DIM: tl.constexpr, BUFFERS: tl.constexpr,
 ):  # fmt: skip
     """shares [2, programs, GROUPS * WIDTH]: each program's part of dweight and dbias, or None without affine."""
     program, programs = tl.program_id(0) // GROUPS, tl.num_programs(0) // GROUPS
@@ -164,19 +164,21 @@ def backward_kernel(
         rstd = tl.where(rows < T, tl.rsqrt(square / WIDTH + norm_eps), 0.0)[:, None]
         xhat = normed * rstd
         dx = rstd * (dxhat - xhat * (rstd * (product / WIDTH)[:, None]))
+        dgate = dx * x if GATE_FIRST else dgated * (xhat * w + b)
+        if CONCAT_U and CONCAT_ACTIVATED:
+            dgate += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
+        dg = dgate * gate_grad
         if GATE_FIRST:
-            dg = dx * x * gate_grad
             dx *= gate
-        else:
-            dg = dgated * (xhat * w + b) * gate_grad
-        if CONCAT_U:
+        if CONCAT_U and not CONCAT_ACTIVATED:
             dg += get(dy, out, inside, seed, 0, group, rows, threshold, scale, ROWS, BLOCK)
         if CONCAT_X:
             at = out + CONCAT_U * ROW_WIDTH
             dx += get(dy, at, inside, seed, 1, group, rows, threshold, scale, ROWS, BLOCK)
         packed = tile_offsets(rows, cols, ROW_WIDTH, 0, ROW_WIDTH)
         tl.store(da + packed, dx.to(da.dtype.element_ty), mask=inside)
-        tl.store(du + tile_offsets(rows, cols, du_row, 0, ROW_WIDTH), dg.to(du.dtype.element_ty), mask=inside)
+        to = tile_offsets(rows, cols, du_row, DU_HEAD, DU_HEAD_DIM)
+        tl.store(du + to, dg.to(du.dtype.element_ty), mask=inside)
         if shares is not None:
             dweight += dnorm * xhat
             dbias += dnorm

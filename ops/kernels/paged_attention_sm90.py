@@ -24,6 +24,7 @@ from hstu_compile.ops.kernels.attention_sm90 import (
     kernels,
     loadable,
     pairs_of,
+    result_of,
     ticket_sizes,
 )
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors
@@ -97,7 +98,7 @@ def attention_launch(
         describe(v, cols, width),
         describe(pool, min(page_size, cols), min(width, SWIZZLED)),
         pages_of(page_table, cached_lengths, page_size),
-        kernels().result(result, result.stride(-3), None),
+        result_of(result),
         0.5 * call["alpha"],
         float(call["scale"]),
         each,
