@@ -196,7 +196,7 @@ def test_a_cuda_graph_reads_the_tables_of_each_batch(make_cache: Callable[..., K
     server.step([1], [40])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the cache has threads
         seen = torch.cat([cache.cached_lengths, cache.page_table[:, 0]])
     for users, lengths in (([1], [50]), ([2, 1], [10, 60]), ([3], [5])):
         with cache.begin(users, lengths, version=0) as batch:
