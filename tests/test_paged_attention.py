@@ -129,8 +129,8 @@ def test_opcheck(mask):
     torch.library.opcheck(torch.ops.hstu_compile.paged_hstu_attention.default, args)
     named, _ = append_case(case)
     named["pool"] = named["pool"].nan_to_num(0.0)
-    args = (*named.values(), *([None] if "num_targets" not in named else []))
-    torch.library.opcheck(torch.ops.hstu_compile.append_kv.default, args)
+    append = torch.ops.hstu_compile.append_kv.default
+    torch.library.opcheck(append, tuple(named.get(argument.name) for argument in append._schema.arguments))
 
 
 ARGUMENTS = {
