@@ -96,6 +96,7 @@ def _pack(packed: Packed, where: str, report: Report) -> str:
     except Misfit as misfit:
         report.add(Region(NAME, f"{what} -> gate", where, misfit.reason, change=misfit.change))
     if gate is None:
+        _check_order(packed)
         _rewrite(packed)
         return what
     packed_gate.rewrite(packed.attention, packed.x, packed.parts, gate)
@@ -235,6 +236,13 @@ def _check_all(parts: dict[str, Part], x: fx.Node) -> None:
         raise Misfit("u, q, k and v are not all columns of x, each once", "split all of it into these four")
     if any(size * step > width for part in parts.values() for size, step in part.columns.dims):
         raise Misfit("the heads of u, q, k or v are not a part of x each")
+
+
+def _check_order(packed: Packed) -> None:
+    """u is an argument of the op, which stands where the attention does."""
+    u = packed.parts["u"].node
+    if next(node for node in u.graph.nodes if node in (u, packed.attention)) is packed.attention:
+        raise Misfit(f"u is made after the attention: {spoken(u)} at {source_line(u)}", "make it before the attention")
 
 
 def _late(u: fx.Node, attention: fx.Node) -> list[fx.Node]:

@@ -266,7 +266,15 @@ def grad_mode(z: Tensor) -> Tensor:
     return gated(u, attend(q, k, v))
 
 
+def silu_of_u_behind_the_attention(z: Tensor) -> Tensor:
+    u, v, q, k = z.split(W, dim=-1)
+    a = attend(q, k, v)
+    u = F.silu(u)
+    return gated(u, a) + u
+
+
 EXPLAINED = {
+    silu_of_u_behind_the_attention: "u is made after the attention: silu",
     second_use_of_k: "k has a second use",
     second_use_of_a_view_of_v: "v has a second use",
     second_use_of_the_silu: "all of silu has another use: sum",
