@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from recorded_launches import EMPTY, counted, passed, recording, same_addresses_again, without_hooks
+from recorded_launches import EMPTY, Descriptor, counted, passed, recording, same_addresses_again, without_hooks
 from test_sm90_compiles import NOTHING, on_hopper
 
 from hstu_compile.ops.hstu_attention import PARAMETERS, attention_features
@@ -110,6 +110,22 @@ def test_c_gets_the_same(recorded, same_addresses, monkeypatch: pytest.MonkeyPat
     names = counted(monkeypatch)
     both(tensors, call, memory)
     assert not names, "no launch is Triton's"
+
+
+def test_a_bias_that_is_copied_or_not_has_its_own_strides(recorded) -> None:
+    """TMA reads it where it is, or, of the same strides at an address that is not aligned, a copy of other strides."""
+
+    def shapes(x: Any) -> list[str]:
+        if isinstance(x, Descriptor):
+            return [x.shape]
+        return [shape for item in x for shape in shapes(item)] if isinstance(x, (list, tuple)) else []
+
+    memory: dict = {}
+    for shift in (0, 0, 0, 1, 1, 1):
+        bias = torch.zeros(2 * 264 * 272 + 1).bfloat16()[shift:][: 2 * 264 * 272].view(2, 1, 264, 272)[..., :264]
+        tensors, call = inputs([100, 37], 64, attn_bias=bias, max_seq_len=264)
+        again, public = (shapes(both(tensors, call, each)) for each in (memory, None))
+        assert again == public
 
 
 @pytest.mark.parametrize("dim, mask", [(64, MASKS[1]), (64, "bias, bool"), (256, "number")], ids=str)

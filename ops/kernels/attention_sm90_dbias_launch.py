@@ -35,7 +35,8 @@ def dbias(
         def launches(workspace: Workspace) -> list[Launch]:
             return dbias_launches(dout, q, k, v, out, workspace, sm90.processors(q.device), **call)
 
-        key = ("dbias", dout.dtype, dout.shape[1:], dout.stride())
+        # Whether the bias is a copy, with strides of its own, goes by its address too.
+        key = ("dbias", dout.dtype, dout.shape[1:], dout.stride(), call["attn_bias"].stride())
         run(memory, key, [dout, q, k, v, out, *given_tensors(call)], extent_of(q, call), launches)
     return out.to(dtype)
 
