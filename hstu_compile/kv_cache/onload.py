@@ -155,8 +155,7 @@ class LayerwiseLoad:
             try:
                 if pages:
                     self._give(layer, pages, parts)
-            finally:  # some copies may be under way if others failed
-                self._stream.wait(self._copies.record())
+            finally:
                 self._events.append(self._stream.record())
             self.bytes += sum(part.numel() * part.element_size() for part in parts)
         self._given[layer].set()
@@ -165,8 +164,10 @@ class LayerwiseLoad:
         pool, room = self._pools[layer], self._rooms[layer % ROOMS]
         if layer >= ROOMS:
             self._copies.wait(self._events[layer - ROOMS])  # the room is empty
-        self._copies.run(lambda: room.arrive(pool, pages, parts))
-        self._stream.wait(self._copies.record())
+        try:
+            self._copies.run(lambda: room.arrive(pool, pages, parts))
+        finally:  # some copies may be under way if others failed
+            self._stream.wait(self._copies.record())
         self._stream.run(lambda: room.spread(pool))
 
     def _read(self, user: Loaded, layer: int) -> Sequence[Tensor]:
