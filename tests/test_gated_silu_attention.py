@@ -202,7 +202,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"attn_bias": torch.ones(1, 1, 32, 33)}, "shape of attn_bias"),
     ({"at": 1}, "u_at is 1, expected head 0 of u at column 0: u, q, k and v are all columns of x"),
     ({"num_groups": 3}, "num_groups is 3, expected a divisor of the row's width 64"),
-    ({"x": torch.ones(61, W + 1)}, rf"shape of x is \(61, {W + 1}\), expected {W} columns"),
+    ({"x": torch.ones(sum(LENGTHS), W + 1)}, rf"shape of x is \({sum(LENGTHS)}, {W + 1}\), expected {W} columns"),
 ]
 
 

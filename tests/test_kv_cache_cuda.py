@@ -146,20 +146,23 @@ class Timed(CudaStream):
 def test_promise_6_copies_of_the_next_layers_overlap_compute(
     make_cache: Callable[..., KVCache], record_property: Callable[[str, object], None]
 ) -> None:
-    """A layer's compute takes about as long as a layer's copy; the second time, when everything is warm."""
+    """A layer's compute takes about as long as a layer's copy; once everything is warm, and in the best of six times.
+
+    Other processes may have the GPU in between; what they can't cause is a layer that is read before it is there.
+    """
     layout = PageLayout(num_layers=8, num_heads=4, head_dim=256, page_size=64, dtype=torch.bfloat16)
     onload, arrivals = Timed(torch.cuda.Stream()), Timed(torch.cuda.Stream())
     streams = Streams(CudaStream(DEVICE), onload, CudaStream(DEVICE, torch.cuda.Stream()), arrivals)
     cache = make_cache(200, MemoryStorage(layout, 400), layout=layout, streams=streams)
-    compute: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    for user in (1, 2, 1, 2):
+    attempts = []
+    for user in (1, 2) * 4:
+        steps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         cache.gpu.drain()
         assert cache.host is not None
         cache.host.drain()
         torch.cuda.synchronize()
         onload.times.clear()
         arrivals.times.clear()
-        compute.clear()
         start = torch.cuda.Event(enable_timing=True)
         start.record()
         with cache.begin([user], [192 * 64], version=0) as batch:
@@ -169,25 +172,36 @@ def test_promise_6_copies_of_the_next_layers_overlap_compute(
                 begin.record()
                 torch.cuda._sleep(2_800_000)  # about 1.6 ms; the copy of 48 MiB about 1, more than a slow host needs
                 end.record()
-                compute.append((begin, end))
+                steps.append((begin, end))
             batch.commit()
-    torch.cuda.synchronize()
-    assert batch.tiers == ["host"] and len(onload.times) == layout.num_layers
+        torch.cuda.synchronize()
+        if batch.tiers == ["host"]:
+            attempts.append([_intervals(start, times) for times in (arrivals.times, onload.times, steps)])
+    assert len(attempts) == 6
 
-    def intervals(events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[tuple[float, float]]:
-        return [(start.elapsed_time(begin), start.elapsed_time(end)) for begin, end in events]
-
-    copies, spread, steps = intervals(arrivals.times), intervals(onload.times), intervals(compute)
+    for copies, spread, compute in attempts:
+        assert len(copies) == len(spread) == layout.num_layers
+        for layer in range(layout.num_layers):
+            assert copies[layer][1] <= spread[layer][1] <= compute[layer][0]  # never read before it is there
+    shares = []
+    for copies, _, compute in attempts:
+        alone = sum(end - begin for begin, end in copies) + sum(end - begin for begin, end in compute)
+        shares.append((compute[-1][1] - copies[0][0]) / alone)
+    best = min(range(len(shares)), key=shares.__getitem__)
+    copies, spread, compute = attempts[best]
     record_property("onload_ms", copies)
-    record_property("compute_ms", steps)
-    print("arrivals, ms:", copies, "spread, ms:", spread, "compute, ms:", steps, sep="\n")
-    for layer in range(layout.num_layers):
-        assert copies[layer][1] <= spread[layer][1] <= steps[layer][0]  # never read before it is there
+    record_property("compute_ms", compute)
+    print("arrivals, ms:", copies, "spread, ms:", spread, "compute, ms:", compute, sep="\n")
     for layer in range(1, layout.num_layers):
-        overlaps = [min(copies[layer][1], end) - max(copies[layer][0], begin) for begin, end in steps[:layer]]
-        assert max(overlaps) > 0, f"layer {layer}: {copies[layer]} beside {steps}"
-    alone = sum(end - begin for begin, end in copies) + sum(end - begin for begin, end in steps)
-    assert steps[-1][1] - copies[0][0] < 0.9 * alone
+        overlaps = [min(copies[layer][1], end) - max(copies[layer][0], begin) for begin, end in compute[:layer]]
+        assert max(overlaps) > 0, f"layer {layer}: {copies[layer]} beside {compute}"
+    assert shares[best] < 0.9
+
+
+def _intervals(
+    start: torch.cuda.Event, times: list[tuple[torch.cuda.Event, torch.cuda.Event]]
+) -> list[tuple[float, float]]:
+    return [(start.elapsed_time(begin), start.elapsed_time(end)) for begin, end in times]
 
 
 def test_a_cuda_graph_reads_the_tables_of_each_batch(make_cache: Callable[..., KVCache]) -> None:

@@ -9,6 +9,8 @@ this one. Each sums its own share of dweight and dbias.
 import triton
 import triton.language as tl
 
+from hstu_compile.ops.kernels.silu import sigmoid
+
 
 @triton.jit
 def tile_offsets(rows, cols, row_stride, head_stride, HEAD_DIM: tl.constexpr):
@@ -28,12 +30,23 @@ def keep_scale(seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, B
 
 
 @triton.jit
-def normalised(x, inside, norm_eps, WIDTH: tl.constexpr, RMS: tl.constexpr):
+def fast(x):
+    """Whether one unit more or less in fp32 is lost when x, a pointer, is rounded; then approximate instructions do."""
+    return x.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
+def inverse_root(x, FAST: tl.constexpr):
+    return tl.rsqrt(x) if FAST else tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.sqrt_rn(x))
+
+
+@triton.jit
+def normalised(x, inside, norm_eps, WIDTH: tl.constexpr, RMS: tl.constexpr, FAST: tl.constexpr):
     """x, centred and divided by its deviation; it is 0 outside."""
     if not RMS:
         mean = tl.sum(x, axis=1) / WIDTH
         x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + norm_eps)
+    rstd = inverse_root(tl.sum(x * x, axis=1) / WIDTH + norm_eps, FAST)
     return x * rstd[:, None]
 
 
@@ -44,12 +57,12 @@ def row_sums(a, b):
 
 
 @triton.jit
-def activated(u, ACTIVATION: tl.constexpr):
+def activated(u, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     """activation(u) and its derivative."""
     if ACTIVATION == "none":
         return u, tl.full(u.shape, 1.0, tl.float32)
     else:
-        s = tl.sigmoid(u)
+        s = tl.sigmoid(u) if FAST else sigmoid(0.5 * u)
         if ACTIVATION == "sigmoid":
             return s, s * (1.0 - s)
         else:
@@ -104,8 +117,8 @@ def forward_kernel(
     w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
 
-    gate, _ = activated(g, ACTIVATION)
-    norm = normalised(x * gate if GATE_FIRST else x, inside, norm_eps, WIDTH, RMS) * w + b
+    gate, _ = activated(g, ACTIVATION, fast(u))
+    norm = normalised(x * gate if GATE_FIRST else x, inside, norm_eps, WIDTH, RMS, fast(a)) * w + b
     PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
     out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
     if CONCAT_U:
@@ -149,7 +162,7 @@ def backward_kernel(
         last = out + (PIECES - 1) * ROW_WIDTH
         dgated = get(dy, last, inside, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
 
-        gate, gate_grad = activated(g, ACTIVATION)
+        gate, gate_grad = activated(g, ACTIVATION, fast(u))
         normed = x * gate if GATE_FIRST else x
         dnorm = dgated if GATE_FIRST else dgated * gate
         if CONCAT_NORM:
@@ -161,7 +174,7 @@ def backward_kernel(
             normed = tl.where(inside, normed - (mean / WIDTH)[:, None], 0.0)
             dxhat -= (dmean / WIDTH)[:, None]
         square, product = row_sums(normed * normed, dxhat * normed)
-        rstd = tl.where(rows < T, tl.rsqrt(square / WIDTH + norm_eps), 0.0)[:, None]
+        rstd = tl.where(rows < T, inverse_root(square / WIDTH + norm_eps, fast(a)), 0.0)[:, None]
         xhat = normed * rstd
         dx = rstd * (dxhat - xhat * (rstd * (product / WIDTH)[:, None]))
         dgate = dx * x if GATE_FIRST else dgated * (xhat * w + b)

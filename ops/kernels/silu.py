@@ -29,6 +29,12 @@ def silu(half, FAST: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(half):
+    """sigmoid(2 * half) to fp32 accuracy."""
+    return tl.div_rn(tl.full(half.shape, 1.0, tl.float32), 1.0 + exp(-2.0 * half))
+
+
+@triton.jit
 def silu_and_grad(half, FAST: tl.constexpr):
     """silu(x) and silu'(x) = sigmoid(x) + silu(x) * (1 - sigmoid(x)) at x = 2 * half."""
     if FAST:
@@ -36,10 +42,9 @@ def silu_and_grad(half, FAST: tl.constexpr):
         s = half + half * t
         return s, (0.5 + 0.5 * t) + s * (0.5 - 0.5 * t)
     else:
-        denominator = 1.0 + exp(-2.0 * half)
-        sigmoid = tl.div_rn(tl.full(half.shape, 1.0, tl.float32), denominator)
-        s = 2.0 * half * sigmoid
-        return s, sigmoid + s * (1.0 - sigmoid)
+        t = sigmoid(half)
+        s = 2.0 * half * t
+        return s, t + s * (1.0 - t)
 
 
 @triton.jit
