@@ -45,7 +45,7 @@ class Gate(NamedTuple):
 
 def gate(affine: str = "both", ratio: float = 0.0, dtype: torch.dtype = torch.float32, **given: Any) -> Gate:
     groups = given.get("num_groups", 1)
-    weight, bias = (torch.randn(WU // groups, device=DEVICE) for _ in range(2))
+    weight, bias = (torch.rand(WU // groups, device=DEVICE) + at for at in (0.5, -0.5))
     named = {
         "norm_eps": 1e-5,
         "num_groups": 1,

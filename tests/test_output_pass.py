@@ -1,5 +1,7 @@
 """norm * gate, however it is written: found, rewritten, as exact as eager, and what is left alone and why."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch._inductor.config
@@ -196,14 +198,19 @@ def test_fused(name, dtype, tokens):
 
     exact = Output(body, pieces, torch.float64)
     exact.load_state_dict(module.state_dict())
-    doubles = [a.detach().double().requires_grad_() for a in args]
-    dout = torch.randn(tokens, E, dtype=dtype)
-    ours = values_and_grads(lambda: gm(*parameters, *args), [*args, *parameters], dout)
-    eager = values_and_grads(lambda: module(*args), [*args, *parameters], dout)
-    reference = values_and_grads(lambda: exact(*doubles), [*doubles, *exact.parameters()], dout.double())
-    for i, (o, e, r) in enumerate(zip(ours, eager, reference, strict=True)):
-        assert (o is None) == (e is None)
-        if o is not None:
+    draws = []
+    for _ in range(-(-T // tokens)):  # the largest error of few rows is luck
+        args = inputs(dtype, tokens)
+        doubles = [a.detach().double().requires_grad_() for a in args]
+        dout = torch.randn(tokens, E, dtype=dtype)
+        ours = values_and_grads(partial(gm, *parameters, *args), [*args, *parameters], dout)
+        eager = values_and_grads(partial(module, *args), [*args, *parameters], dout)
+        reference = values_and_grads(partial(exact, *doubles), [*doubles, *exact.parameters()], dout.double())
+        draws.append((ours, eager, reference))
+    for i, results in enumerate(zip(*(zip(*draw, strict=True) for draw in draws), strict=True)):
+        assert len({x is None for result in results for x in result}) == 1
+        if results[0][0] is not None:
+            o, e, r = (torch.stack(of) for of in zip(*results, strict=True))
             assert_within_budget(o, e, r, BACKWARD if i else FORWARD, f"value {i}")
 
 
