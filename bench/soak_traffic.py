@@ -88,6 +88,7 @@ class Traffic:
 class FailingMemory(MemoryStorage):
     """Memory whose reads fail while a fault is set, and are never late otherwise; pages that are dropped become NaN."""
 
+    reads_at_once = False
     met = 0  # reads that have failed
     _fault: Fault | None = None
 

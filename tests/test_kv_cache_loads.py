@@ -1,5 +1,6 @@
 """A load from the host that fails, is late or finds damage: computed again, never served. And an offload that fails."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_compile.kv_cache import DiskStorage, Key, KVCache, LoadFailed, StorageError
-from tests.kv_cache_steps import LAYOUT, Later, LateStream, PoisonedMemory, evict, late_server
+from hstu_compile.kv_cache import (
+    DiskStorage,
+    GpuKVCacheManager,
+    HostKVStorageManager,
+    Key,
+    KVCache,
+    LoadFailed,
+    StorageError,
+)
+from tests.kv_cache_steps import LAYOUT, Later, LateStream, PoisonedMemory, Server, evict, late_server
 
 PAGE = LAYOUT.page_size
 
@@ -280,3 +289,28 @@ def test_commit_without_having_waited_is_refused() -> None:
         batch.wait_layer(0)
         with pytest.raises(RuntimeError, match=r"wait_layer\(\) of layers \[1, 2\]"):
             batch.commit()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_which_thread_reads(at_once: bool) -> None:
+    """The one that serves, where nothing is waited for: all layers are given to the streams when `begin` returns."""
+
+    class Watched(PoisonedMemory):
+        reads_at_once = at_once
+        readers: set[int]
+
+        def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
+            self.readers.add(threading.get_ident())
+            return super().read(key, layer, num_pages)
+
+    storage = Watched(LAYOUT, 30)
+    storage.readers = set()
+    host = HostKVStorageManager(storage, 30)
+    server = Server(KVCache(GpuKVCacheManager(LAYOUT, 8, "cpu"), host, max_batch_size=2, max_seq_len=8 * PAGE))
+    server.step([1, 2], [4 * PAGE + 3, PAGE])
+    server.cache.gpu.drain()
+    host.drain()
+    evict(server)
+    assert server.step([1, 2], [4 * PAGE + 3, PAGE + 5]).tiers == ["host", "host"] and not server.wrong
+    assert (storage.readers == {threading.get_ident()}) == at_once and storage.readers
+    server.cache.close()

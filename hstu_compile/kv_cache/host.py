@@ -11,7 +11,7 @@ from torch import Tensor
 from hstu_compile.kv_cache.counters import TierCounters
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.offload import Offload, Stored
-from hstu_compile.kv_cache.onload import LayerwiseLoad, Loaded
+from hstu_compile.kv_cache.onload import AtOnce, LayerwiseLoad, Loaded
 from hstu_compile.kv_cache.recency import Recency
 from hstu_compile.kv_cache.storage import KVStorage, StorageError
 from hstu_compile.kv_cache.streams import AllOf, Event, Finished, InFlight, Stream
@@ -30,15 +30,15 @@ class _Pages:
 class HostKVStorageManager:
     """Whole pages of users in a `KVStorage`, up to a capacity, the least recently used users evicted whole.
 
-    Users whose pages are being copied or written are not evicted. Bookkeeping is the host's, for one thread; reading
-    and writing the storage is done in others.
+    Users whose pages are being copied or written are not evicted. Bookkeeping is the host's, for one thread; writing
+    the storage is done in another, and reading it in others but where it reads at once.
 
     Args:
         storage: keeps the pages. What it has at the start is served.
         capacity_pages: how many pages it keeps.
         max_writing_pages: how many may wait to be written; what would be more is not stored, this time.
         reader, copier, writer: what reads the storage, has pages copied to host memory, and writes it, the last two
-            one after the other; None: threads of its own.
+            one after the other; None: threads of its own, and the caller for what reads at once.
 
     Raises:
         ValueError: a number of pages that is not positive.
@@ -68,7 +68,7 @@ class HostKVStorageManager:
         self._in_flight = InFlight()
         self._writing_pages = 0
         self._threads: list[Executor] = []
-        self._reader = reader or self._thread("read", 2)
+        self._reader = reader or (AtOnce() if storage.reads_at_once else self._thread("read", 2))
         self._copier = copier or self._thread("copy")
         self._writer = writer or self._thread("write")
         for key, pages in storage.scan():

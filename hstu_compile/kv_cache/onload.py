@@ -2,10 +2,12 @@
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from threading import Event as Flag
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +41,15 @@ class Room:
 
     def __init__(self) -> None:
         self._arrived: Tensor | None = None  # of the first layer here, which has no fewer pages than later ones
+        self._pages = array("i")
         self._places: Tensor
 
     def arrive(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
         """parts: of host memory, together as many pages."""
         if self._arrived is None:
             self._arrived = pool.new_empty(len(pages), *pool.shape[1:])
-        self._places = indices(pages, pool.device)
+        if self._pages != pages:  # a later layer's are seldom others
+            self._pages, self._places = pages, indices(pages, pool.device)
         first = 0
         for part in parts:
             self._arrived[first : first + part.shape[0]].copy_(part, non_blocking=True)
@@ -64,8 +68,17 @@ def _words(pages: Tensor) -> Tensor:
     return pages.flatten(1).view(torch.int64)
 
 
+class AtOnce(Executor):
+    """In place of a thread, for work that waits for nothing: two that take turns with the interpreter cost more."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*args, **kwargs))
+        return future
+
+
 class LayerwiseLoad:
-    """Reads each layer of all users in a thread, then has it copied on one stream and spread on another.
+    """Reads each layer of all users, then has it copied on one stream and spread on another.
 
     So the copies of all layers follow each other without a gap. As an event: none is under way, and none will be.
     """
@@ -87,7 +100,7 @@ class LayerwiseLoad:
         self._ended = Flag()  # by itself, or cancelled
 
     def run(self) -> None:
-        """The thread's part."""
+        """Until all is given to the streams, or cancelled; the reading thread's part, if there is one."""
         try:
             for layer in range(len(self._pools)):
                 if self._cancelled:

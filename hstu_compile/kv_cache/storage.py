@@ -28,7 +28,14 @@ class KVStorage(ABC):
     `HostKVStorageManager` decides who is kept. It calls `scan`, `reserve` and `truncate` from the thread that serves,
     so that they should be quick, `append` from a second and `read` from others; but never `truncate` while a user's
     pages are appended or read, and never two `append` of one user at once.
+
+    Attributes:
+        layout: the shape of a page.
+        reads_at_once: `read` waits for nothing: it only says where in pinned memory pages are. So it is called in the
+            thread that serves, and no `load_timeout` ends it.
     """
+
+    reads_at_once = False
 
     def __init__(self, layout: PageLayout) -> None:
         self.layout = layout
@@ -76,6 +83,8 @@ class MemoryStorage(KVStorage):
     Raises:
         ValueError: num_pages is not positive.
     """
+
+    reads_at_once = True
 
     def __init__(self, layout: PageLayout, num_pages: int) -> None:
         super().__init__(layout)
