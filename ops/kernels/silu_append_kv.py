@@ -74,20 +74,19 @@ def silu_append_kernel(
     cols = col0 + tl.arange(0, COLS)
     inside = (rows < total_rows)[:, None] & (cols < WIDTH)[None, :]
     pointers = x + rows[:, None].to(tl.int64) * row_stride + cols[None, :]
-    values = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    values = silu_of_torch(values, LIBDEVICE).to(x.dtype.element_ty)
-    tl.store(pointers, values, mask=inside)
+    values = tl.load(pointers, mask=inside, other=0.0)
     has_k = (col0 < K_AT + (HEADS - 1) * K_STEP + DIM) & (col0 + COLS > K_AT)
     has_v = (col0 < V_AT + (HEADS - 1) * V_STEP + DIM) & (col0 + COLS > V_AT)
-    if has_k | has_v:
-        places = places_of(
-            rows, total_rows, pages, valid_lengths, sequences, num_sequences, max_pages, num_pages
-        )  # fmt: skip
-        if has_k:
-            store_heads(pool, places, cols, values, K_AT, K_STEP, HEADS, DIM)
-        if has_v:
-            beside = tl.where(places >= 0, places + pages.SIZE, -1)
-            store_heads(pool, beside, cols, values, V_AT, V_STEP, HEADS, DIM)
+    places = tl.full((ROWS,), -1, tl.int64)
+    if has_k | has_v:  # while x is on its way
+        places = places_of(rows, total_rows, pages, valid_lengths, sequences, num_sequences, max_pages, num_pages)
+    values = silu_of_torch(values.to(tl.float32), LIBDEVICE).to(x.dtype.element_ty)
+    tl.store(pointers, values, mask=inside)
+    if has_k:
+        store_heads(pool, places, cols, values, K_AT, K_STEP, HEADS, DIM)
+    if has_v:
+        beside = tl.where(places >= 0, places + pages.SIZE, -1)
+        store_heads(pool, beside, cols, values, V_AT, V_STEP, HEADS, DIM)
 
 
 def silu_append(
