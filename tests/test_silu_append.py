@@ -26,8 +26,8 @@ def two_ops(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """x and the pool after silu_ and append_kv; the arguments stay as they are."""
     x, pool = arguments["x"].clone(), arguments["pool"].clone()
     silu_(x)
-    paging = {name: t for name, t in arguments.items() if name not in ("x", "pool") and "_at" not in name}
-    paging = {name: t for name, t in paging.items() if "_head_stride" not in name}
+    names = "seq_offsets", "page_table", "cached_lengths", "num_targets", "valid_lengths"
+    paging = {name: arguments[name] for name in names if name in arguments}
     append_kv(pool, slice_of(arguments, "k", x), slice_of(arguments, "v", x), **paging)
     return x, pool
 
