@@ -11,6 +11,7 @@ from hstu_compile.ops.hstu_attention import hstu_attention
 from hstu_compile.ops.mask_tile_states import mask_tile_states
 from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
 from hstu_compile.ops.paged_hstu_attention import paged_hstu_attention
+from hstu_compile.ops.silu_append_kv import silu_append_kv
 from hstu_compile.ops.silu_attention import silu_attention
 from hstu_compile.ops.silu_in_place import silu_
 from hstu_compile.ops.table_lookup import table_grad, table_lookup
@@ -24,6 +25,7 @@ __all__ = [
     "norm_gate_dropout",
     "paged_hstu_attention",
     "silu_",
+    "silu_append_kv",
     "silu_attention",
     "table_grad",
     "table_lookup",

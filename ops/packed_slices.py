@@ -26,6 +26,11 @@ class Slice(NamedTuple):
         steps = x.narrow(-1, begin, heads * self.head_stride).unflatten(-1, (heads, self.head_stride))
         return steps if self.head_stride == dim else steps.narrow(-1, self.at - begin, dim)
 
+    def is_in(self, columns: int, heads: int, dim: int) -> bool:
+        """Whether x has these columns, and no head has those of another."""
+        end = self.at + (heads - 1) * self.head_stride + dim
+        return self.at >= 0 and end <= columns and self.head_stride >= dim and heads * self.head_stride <= columns
+
     def first(self, heads: int, columns: int) -> int:
         """At which column so many steps from head to head begin that hold the slice, of as many columns as x has."""
         return min(self.at, columns - heads * self.head_stride)

@@ -6,7 +6,7 @@ silu(x @ w).split(...)      ->      x @ w, silu_ of it; split(...)
 import torch
 from torch import fx
 
-from hstu_compile.passes.graph import aten, erase_dead, insert_call, is_call
+from hstu_compile.passes.graph import aten, erase_dead, insert_call, is_call, same_shape, value
 from hstu_compile.passes.uvqk import MOVES, PROJECTIONS, SLICES, SPLITS
 
 SILU = torch.ops.hstu_compile.silu_.default
@@ -17,8 +17,10 @@ def run(graph: fx.Graph) -> int:
     count = 0
     for node in list(graph.find_nodes(op="call_function", target=aten.silu.default)):
         (projection,) = node.all_input_nodes
-        if is_call(projection, *PROJECTIONS) and set(projection.users) == {node} and is_cut(node):
+        alone = is_call(projection, *PROJECTIONS) and set(projection.users) == {node}
+        if alone and is_cut(node) and same_shape(value(projection).stride(), value(node).stride()):
             insert_call(graph, node, SILU, (projection,), like=node)
+            projection.meta["val"] = value(node)  # which its parts are views of
             node.replace_all_uses_with(projection)
             erase_dead([node])
             count += 1

@@ -161,3 +161,30 @@ def append_case(case: Case, valid: int | None = None) -> tuple[dict[str, Tensor]
             pages = table[z, int(case.cached_lengths[z]) // page_size : full].long()
             after[pages] = before[pages]
     return {"pool": before, "k": case.new[1], "v": case.new[2], **arguments}, after
+
+
+def silu_append_case(case: Case, valid: int | None = None) -> dict[str, Any]:
+    """Arguments of silu_append_kv: x, of which k and v of the case are slices; half of the rest of it is NaN."""
+    arguments, _ = append_case(case, valid)
+    for name in "kv":
+        t = arguments.pop(name)
+        arguments |= {f"{name}_at": t.storage_offset(), f"{name}_head_stride": t.stride(1)}
+    base = case.new[1]._base
+    assert base is not None
+    x = base.flatten(1).clone()
+    others = torch.randn(x.shape, dtype=torch.float32).to(x)
+    arguments["x"] = torch.where(x.isnan() & (torch.rand(x.shape) < 0.5).to(x.device), others, x)
+    return arguments
+
+
+def slice_of(arguments: dict[str, Any], name: str, x: Tensor) -> Tensor:
+    """k or v, in x."""
+    heads, dim = arguments["pool"].shape[-2:]
+    strides = (x.stride(0), arguments[f"{name}_head_stride"], 1)
+    return x.as_strided((len(x), heads, dim), strides, x.storage_offset() + arguments[f"{name}_at"])
+
+
+def bits(t: Tensor) -> Tensor:
+    """To compare: as they are in memory, but for which NaN a NaN is."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.where(t.isnan(), float("nan"), t).view(integers[t.element_size()])

@@ -8,10 +8,22 @@ from unittest import mock
 import pytest
 import torch
 import triton_interpreter  # noqa: F401
-from paged_cases import MASKS, NEW, append_case, assert_attention, cached_around, make_case
+from error_budget import FORWARD, assert_within_budget
+from paged_cases import (
+    MASKS,
+    NEW,
+    append_case,
+    assert_attention,
+    bits,
+    cached_around,
+    make_case,
+    silu_append_case,
+    slice_of,
+)
 
-from hstu_compile.ops.kernels import append_kv, paged_attention_triton, paged_parts
+from hstu_compile.ops.kernels import append_kv, paged_attention_triton, paged_parts, silu_append_kv
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
+from hstu_compile.ops.paged_reference import append_kv_reference
 
 NOTHING = {
     "num_targets": None,
@@ -80,3 +92,35 @@ def test_append_of_what_has_no_page():
         pool = before.clone()
         append_kv.append(pool, k, v, case.seq_offsets, table, case.cached_lengths, None, None)
         assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize("layout", ["packed", "interleaved"])
+@pytest.mark.parametrize("mask", ["causal", "targets"])
+@pytest.mark.parametrize("page_size, valid, dtype", [(16, None, torch.float32), (32, 17, torch.float16)])
+def test_silu_append(page_size, valid, dtype, mask, layout):
+    case = make_case(page_size, dtype, mask, dim=24, layout=layout)
+    arguments = {"num_targets": None, "valid_lengths": None, **silu_append_case(case, valid)}
+    x, pool = arguments["x"].clone(), arguments["pool"].clone()
+    silu_append_kv.silu_append(**arguments)
+    given = x.isfinite()
+    assert torch.equal(arguments["x"].isfinite(), given)
+    exact = torch.nn.functional.silu(x[given].double())
+    assert_within_budget(arguments["x"][given], torch.nn.functional.silu(x[given]), exact, FORWARD)
+    k, v = (slice_of(arguments, name, arguments["x"]) for name in "kv")
+    names = "seq_offsets", "page_table", "cached_lengths", "num_targets", "valid_lengths"
+    append_kv_reference(pool, k, v, *(arguments[name] for name in names))
+    assert torch.equal(bits(arguments["pool"]), bits(pool))
+
+
+@pytest.mark.parametrize("batch, pages", [(0, 2), (3, 0), (40, 1)])
+def test_silu_append_of_what_has_no_page(batch, pages):
+    x = torch.randn(11, 40)
+    pool = torch.full((pages, 2, 16, 1, 8), float("nan"))
+    counts = torch.zeros(batch, dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(batch, dtype=torch.int64), torch.tensor([0 if batch == 0 else 9])])
+    table = torch.full((batch, pages), 7, dtype=torch.int32)
+    expected = torch.nn.functional.silu(x.double())
+    eager = torch.nn.functional.silu(x)
+    silu_append_kv.silu_append(x, pool, 30, 8, 3, 8, offsets, table, counts, None, None)
+    assert_within_budget(x, eager, expected, FORWARD)
+    assert pool.isnan().all()

@@ -20,6 +20,7 @@ from hstu_compile.ops.kernels import (
     paged_attention_sm90,
     paged_attention_triton,
     paged_parts,
+    silu_append_kv,
 )
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, with_places
 
@@ -59,14 +60,23 @@ def launched(
             pool.flatten(0, 2), k, v, call["seq_offsets"], table, cached, None, cached, extent, 4, page_size
         )
     )
+    places = 3 * H * dim, dim, H * dim, dim
+    found.append(silu_append_kv.silu_append_launch(*silu_append_tensors(dim, dtype, page_size), places, extent))
     return found
+
+
+def silu_append_tensors(dim: int, dtype: torch.dtype, page_size: int) -> list[Any]:
+    x, pool = torch.empty(16, 4 * H * dim, dtype=dtype), torch.empty(4, 2, page_size, H, dim, dtype=dtype)
+    counts = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+    return [x, pool, torch.tensor([0, 16]), torch.zeros(1, 16, dtype=torch.int32), *counts]
 
 
 def compile_all(launches: list[Launch], fast: bool) -> dict[str, Any]:
     """By the kernel's name."""
     compiled = {}
     for launch in launches:
-        constants = launch.constants | ({"FAST": fast} if "FAST" in launch.constants else {})
+        on_a_gpu = {"FAST": fast, "LIBDEVICE": True}
+        constants = {name: on_a_gpu.get(name, value) for name, value in launch.constants.items()}
         compiled[launch.kernel.__name__] = launch.kernel.warmup(*launch.arguments, **constants, grid=(1,))
     return compiled
 
@@ -119,6 +129,31 @@ def test_portable(capability: int, dim: int, dtype: torch.dtype, page_size: int,
 )
 def test_hopper(dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> None:
     assert_fits(hopper(dim, dtype, page_size, mask, parts), f"product_kernel {parts} parts")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim, steps", [(256, 1), (64, 4), (24, 1)])  # heads side by side, or u, v, q and k of each
+def test_silu_append(dim: int, steps: int, dtype: torch.dtype) -> None:
+    """No spills; x is read and written, and pages are, 16 bytes at a time."""
+    tensors = silu_append_tensors(dim, dtype, 32)
+    places = (3 * dim, 4 * dim, dim, 4 * dim) if steps == 4 else (3 * H * dim, dim, H * dim, dim)
+    with compile_only.target(90):
+        launch = silu_append_kv.silu_append_launch(*tensors, places, Extent(16, 1))
+        kernel = compile_all([launch], True)["silu_append_kernel"]
+    resources = compile_only.resources(kernel)
+    assert resources.spilled == 0 and resources.registers <= 64, resources
+    pieces = silu_append_kv.ROWS * silu_append_kv.COLS * dtype.itemsize // (128 * 16)  # a thread
+    assert kernel.asm["ptx"].count("ld.global.v4.b32") == pieces
+    assert kernel.asm["ptx"].count("st.global.v4.b32") == 3 * pieces
+
+
+def test_silu_append_can_be_done_again() -> None:
+    tensors = silu_append_tensors(64, torch.bfloat16, 32)
+    extent = Extent(16, 1)
+    with compile_only.target(90):
+        launch = silu_append_kv.silu_append_launch(*tensors, (384, 64, 128, 64), extent)
+    places = re.findall(r"Place\(key='?(\w+)'?\)", str(with_places(launch, tensors, extent)))
+    assert set(places) == {*map(str, range(len(tensors))), "total_rows", "num_sequences"}
 
 
 @pytest.mark.parametrize("page_size, cols", [(16, 64), (64, 64), (256, 128)])

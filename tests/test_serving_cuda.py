@@ -7,6 +7,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import hstu_compile
+from tests.models.native_ranking import NativeRanking
 from tests.models.ranking import Ranking
 from tests.serving_traffic import MAX_SEQ_LEN, Traffic
 
@@ -33,4 +34,23 @@ def test_one_copy_before_the_graph() -> None:
     assert calls.count("cudaMemcpyAsync") == 1, calls
     others = {"cudaLaunchKernel", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventRecord"}
     assert not others & set(calls), calls
+    engine.close()
+
+
+def test_kernels_of_a_layer() -> None:
+    """silu of the projection and what the pages get of it are one launch."""
+    model = NativeRanking(MAX_SEQ_LEN, layers=3).to("cuda", torch.bfloat16).eval()
+    traffic = Traffic(model, "cuda")
+    engine = hstu_compile.serve(model, max_batch=4, max_seq_len=MAX_SEQ_LEN, page_size=16, cuda_graphs=[(2, 16)])
+    *before, last = (traffic.request(["a"], [history], [2]) for history in (9, 12, 15))
+    for args in before:
+        engine(["a"], *args)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        answer = engine(["a"], *last)
+        torch.cuda.synchronize()
+    traffic.check(answer, last)
+    names = [e.name for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    assert sum("silu_append_kernel" in name for name in names) == 3, names
+    assert not any("append_kernel" in name and "silu" not in name for name in names), names
     engine.close()

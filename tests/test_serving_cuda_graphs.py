@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import hstu_compile
-from bench.native_jagged import HSTUBlock, Ranker
 from hstu_compile.ops import waiting
 from hstu_compile.serving import Engine, cuda_graphs
 from hstu_compile.serving import engine as engine_module
-from tests.models.ranking import ITEMS, Ranking
+from tests.models.native_ranking import NativeRanking
+from tests.models.ranking import Ranking
 from tests.serving_traffic import MAX_SEQ_LEN, Traffic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -131,15 +131,9 @@ def test_weights_in_place(device: str) -> None:
     engine.close()
 
 
-class Untimed(Ranker):
-    def forward(self, items: Tensor, offsets: Tensor, num_targets: Tensor, max_seq_len: int, times: Tensor) -> Tensor:
-        return super().forward(items, offsets, num_targets, max_seq_len)
-
-
 def test_numbers_that_no_graph_reads(device: str) -> None:
     """The longest length is another in every request: the same graph answers."""
-    block = HSTUBlock(num_layers=2, embedding_dim=16, num_heads=2, head_dim=8, scaling_seq_len=MAX_SEQ_LEN)
-    model = Untimed(block, ITEMS, MAX_SEQ_LEN + 1, embedding_dim=16).to(device, torch.bfloat16)
+    model = NativeRanking(MAX_SEQ_LEN).to(device, torch.bfloat16)
     traffic, engine = Traffic(model, device), engine_of(model)
     for history in (9, 12, 15):
         ids, offsets, targets, _, times = traffic.request(["a"], [history], [2])

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -26,6 +27,15 @@ def silu(half, FAST: tl.constexpr):
         return half + half * tanh_approx(half)
     else:
         return tl.div_rn(2.0 * half, 1.0 + exp(-2.0 * half))
+
+
+@triton.jit
+def silu_of_torch(x, LIBDEVICE: tl.constexpr):
+    """silu(x) to fp32 accuracy; LIBDEVICE (on NVIDIA) takes the exp that CUDA has, which gives the bits of `F.silu`."""
+    if LIBDEVICE:
+        return tl.div_rn(x, 1.0 + libdevice.exp(-x))
+    else:
+        return tl.div_rn(x, 1.0 + exp(-x))
 
 
 @triton.jit
