@@ -113,7 +113,7 @@ def find_region(
     (query, query_dims), (key, key_dims) = sides
     value_dims = tuple((by_label[label],) if label else () for label in value_labels)
     if column in flat(query_dims) or column not in flat(key_dims):
-        change = "scores = q @ k.mT, out = weights @ v"
+        change = "scores = q @ k.mT, out = weights @ v (another model)"
         raise Misfit(first.node, "the columns of the scores are not the tokens of k", change)
 
     everywhere = [
@@ -163,7 +163,7 @@ def _name_batch_and_head(region: Region, found: list[Axis]) -> None:
             heads = rest if one_sequence else rest[1:]
         batches = [axis for axis in rest if axis not in heads]
     if len(heads) > 1 or len(batches) > 1:
-        change = "fold them: [B, H, N, D]"
+        change = "fold them: [B, H, N, D] (same numbers)"
         raise Misfit(region.scores.product.node, "more than one batch and one head dimension", change)
     region.batch, region.head = next(iter(batches), None), next(iter(heads), None)
 

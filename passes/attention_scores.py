@@ -36,7 +36,7 @@ from hstu_compile.passes.report import spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
 
 LONGEST_CHAIN = 64
-ALONE = "leave them to the attention; who else wants them computes them a second time"
+ALONE = "compute them from q and k a second time, in a call of its own, where they are looked at (same numbers)"
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
 DIVIDE = {
@@ -177,7 +177,7 @@ def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
                 raise Misfit(
                     node,
                     "dropout on the attention weights",
-                    "dropout behind norm and gate is fused; here only p=0, or eval mode",
+                    "dropout after norm and gate is fused (another model in training, the same in eval)",
                 )
         elif _is_silu(node):
             if scores.silu is not None:
@@ -243,10 +243,12 @@ def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None
         _add(*added, dims, scores)
     elif added is not None:
         raise Misfit(
-            node, "something is added to the attention weights after silu", "add it to the scores, before silu"
+            node,
+            "something is added to the attention weights after silu",
+            "add it to the scores, before silu (another model)",
         )
     else:
-        change = "scale, bias and mask are what fits beside silu"
+        change = "scale, bias and mask are what fits beside silu (another model)"
         raise Misfit(node, f"{spoken(node)} on the attention {'scores' if before_silu else 'weights'}", change)
 
 
@@ -316,5 +318,5 @@ def refuse_other_users(scores: Scores, second: fx.Node) -> None:
 
 def _instead_of(strange: fx.Node) -> str:
     if is_call(strange, aten.softmax.int, aten._softmax.default):
-        return "F.silu(scores) / N is HSTU's; where softmax is meant, F.scaled_dot_product_attention is fused by torch"
-    return "F.silu(scores) is HSTU's; other activations are left to Inductor"
+        return "keep softmax by F.scaled_dot_product_attention, which torch fuses; F.silu(scores) / N is another model"
+    return "F.silu(scores) is what HSTU has (another model); other activations are left to Inductor"

@@ -49,9 +49,7 @@ def read_weights(layout: Layout) -> Weights:
         if by_row and by_column:
             if not is_mask:
                 why = "a divisor" if term.role == "divides" else "a factor that needs a gradient"
-                change = (
-                    "what fits is one factor a row, column or head; for a pair of tokens, a 0/1 mask without gradient"
-                )
+                change = "a factor per row, column or head fits; per pair, a 0/1 mask without gradient (another model)"
                 raise Misfit(term.node, f"{why} over rows and columns in the attention weights", change)
             cells.append(term)
         elif is_mask and (by_row or by_column):
@@ -61,7 +59,7 @@ def read_weights(layout: Layout) -> Weights:
     _identify(layout, weights, cells, rows, columns)
     for term in binary:
         if term in weights.masks or any(term not in bias.factors for bias in scores.biases):
-            change = "a 0/1 mask fits after silu: F.silu(scores) * mask"
+            change = "a 0/1 mask fits after silu: F.silu(scores) * mask (another model)"
             raise Misfit(term.node, "the scores are multiplied by a tensor over rows and columns before silu", change)
     weights.biases = [replace(b, factors=tuple(f for f in b.factors if f not in binary)) for b in weights.biases]
     _normalise(weights, scores.multiplier, scores.divisor)

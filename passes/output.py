@@ -291,7 +291,7 @@ def _row_width(gate: Gate) -> int:
         width *= size
         fitting += [width] * _fits(gate, width)
     if not fitting:
-        change = "a norm over the features of a token, or over groups of them"
+        change = "a norm over the features of a token, or over groups of them (another model)"
         raise Misfit(
             f"the norm runs over {gate.norm.run} elements, the gated value has shape {_sizes(gate.product)}", change
         )
@@ -314,24 +314,25 @@ def _check_region(gate: Gate) -> None:
     for node in {*gate.norm.interior, *gate.between} - {*gate.chain}:
         for user in real_users(node):
             if user not in inside:
-                change = "use it once; compute what is logged or returned in a call of its own"
+                change = "use it once; compute what is logged or returned in a call of its own (same numbers)"
                 raise Misfit(f"the normalised value has a second use: {spoken(user)} at {source_line(user)}", change)
-    operands = {value(gate.x).dtype, value(gate.u).dtype}
-    if torch.float64 not in operands and any(value(n).dtype == torch.float64 for n in inside if is_tensor(n)):
+    dtypes = {value(gate.x).dtype, value(gate.u).dtype}
+    if torch.float64 not in dtypes and any(value(n).dtype == torch.float64 for n in inside if is_tensor(n)):
         raise Misfit("computed in float64 from operands that are not", "leave out the cast to float64")
     nodes = list(gate.product.graph.nodes)
     last = nodes.index(gate.end)
     if any(n.target is torch._C._set_grad_enabled for n in nodes[min(map(nodes.index, inside)) : last]):
         raise Misfit("grad mode changes inside the region", "no_grad around all of it, or none")
-    for operand in (gate.x, gate.u, gate.norm.weight, gate.norm.bias):
+    operands = {"the attention's result": gate.x, "u": gate.u, "weight": gate.norm.weight, "bias": gate.norm.bias}
+    for name, operand in operands.items():
         if operand is None:
             continue
         for node in nodes[nodes.index(operand) + 1 : last]:  # the op reads its operands where the region ends
             if writes_to(node, operand):
-                change = "write into a copy, or after the gate"
+                written = spoken(node)
                 raise Misfit(
-                    f"an operand or its base is written in place by {spoken(node)} at {source_line(node)}",
-                    change,
+                    f"{name}, or memory that it shares, is written in place by {written} at {source_line(node)}",
+                    f"write into a copy: {written.rstrip('_')}, not {written} (same numbers)",
                 )
 
 

@@ -9,8 +9,9 @@ from torch import fx
 from hstu_compile.passes.axes import LAYOUT
 from hstu_compile.passes.graph import aten, is_call, is_cast, is_tensor, same, same_shape, shape, value
 from hstu_compile.passes.report import Region, source_line, spoken
-from hstu_compile.passes.uvqk import ATTENTION, PRODUCTS, PROJECTIONS
+from hstu_compile.passes.uvqk import PRODUCTS, PROJECTIONS
 
+ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 GATE = torch.ops.hstu_compile.norm_gate_dropout.default
 MOST_NAMES = 3
 
@@ -24,8 +25,8 @@ def find(graph: fx.Graph, known: set[fx.Node], pass_name: str) -> list[Region]:
             *between, product = path
             names = [spoken(n) for n in between if not (is_call(n, *LAYOUT, aten.clone.default) or is_cast(n))]
             what = ", ".join(names[:MOST_NAMES]) + ", ..." * (len(names) > MOST_NAMES)
-            reason = f"between attention and gate stands {what or 'nothing'}, and no norm that is known"
-            change = "a layer norm, RMS norm or group norm over the features of a token"
+            reason = f"between attention and gate stands {what or 'nothing'}, no norm over the features of a token"
+            change = "layer norm, RMS norm or group norm over the features of a token (another model)"
             found.append(Region(pass_name, "norm * gate", source_line(product), reason, change=change))
     return found
 

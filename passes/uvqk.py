@@ -7,7 +7,6 @@ get `meta["hstu_compile_role"]` and the number of their layer, by which `passes/
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from hstu_compile.passes.activation import as_activation
@@ -32,7 +31,6 @@ from hstu_compile.passes.report import Region, Report, source_line, spoken
 NAME = "uvqk"
 ROLE = "hstu_compile_role"
 LAYER = "hstu_compile_layer"  # a number
-ATTENTION = torch.ops.hstu_compile.hstu_attention.default
 
 # A projection and where its input stands among its arguments.
 PROJECTIONS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
@@ -85,11 +83,9 @@ def run(gm: fx.GraphModule, report: Report) -> int:
 
 def _lost(flows: dict[fx.Node, Flow], roles: set[str]) -> str:
     """Why the slices for these roles were not found."""
-    reason = f"found no use as {', '.join(sorted(roles))} of an HSTU attention"
-    if not next(iter(flows)).graph.find_nodes(op="call_function", target=ATTENTION):
-        reason += ": none is fused in this graph"
+    reason = f"no HSTU attention was found that takes its {', '.join(sorted(roles))}"
     ends = [end for flow in flows.values() for end in flow.ends]
-    return f"{reason}; followed up to {spoken(ends[0])} at {source_line(ends[0])}" if ends else reason
+    return f"{reason}; last seen in {spoken(ends[0])} at {source_line(ends[0])}" if ends else reason
 
 
 def _input(projection: fx.Node) -> fx.Node:

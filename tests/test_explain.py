@@ -47,7 +47,7 @@ def test_regions_lines_and_graph_breaks() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert len(explanation.reports) == 2 and len(explanation.graph_breaks) == 1
     text = str(explanation)
-    assert "2 regions fused, 0 recognised, 0 not; 2 graphs, 1 graph breaks" in text
+    assert "fused: 2, recognised and left to Inductor: 0, not fused: 0; graphs: 2, graph breaks: 1" in text
     assert "y = F.silu(self.linear(x))" in text and __file__ in text
     assert (
         f"{__file__}:" in explanation.graph_breaks[0] and "torch._dynamo.graph_break()" in explanation.graph_breaks[0]
@@ -72,7 +72,7 @@ def test_what_did_not_fit_and_the_kernel() -> None:
     report.add(Region("attention", "causal", "m.py:9: s = q @ k", kernel="attention_triton; not sm_90: no GPU"))
     report.add(Region("uvqk", "mm -> silu", "m.py:2: z = x @ w", kernel="Inductor", rewritten=False))
     lines = str(explanation).splitlines()
-    assert lines[0].startswith("1 regions fused, 1 recognised, 1 not")
+    assert lines[0].startswith("fused: 1, recognised and left to Inductor: 1, not fused: 1")
     for words in ("recognised  uvqk: mm", "because a softmax", "at m.py:3", "kernel: attention_triton; not sm_90"):
         assert any(words in line for line in lines)
 
@@ -119,7 +119,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("factory", "with_keywords"):
         main([f"some_factory:{name}"])
-        assert "0 regions fused, 0 recognised, 0 not; 1 graphs, 0 graph breaks" in capsys.readouterr().out
+        assert (
+            "fused: 0, recognised and left to Inductor: 0, not fused: 0; graphs: 1, graph breaks: 0"
+            in capsys.readouterr().out
+        )
     with pytest.raises(SystemExit):
         main(["some_factory"])
     assert "pkg.mod:factory" in capsys.readouterr().err
@@ -132,5 +135,5 @@ def test_command_line_and_logger_for_real(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hstu_compile.explain", "some_factory:factory"]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "1 graphs" in result.stdout
+    assert "graphs: 1" in result.stdout
     assert "hstu_compile" in result.stderr and "nothing in this graph" in result.stderr

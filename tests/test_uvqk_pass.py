@@ -138,7 +138,7 @@ def test_near_miss_softmax():
     gm, report = graph_of(lambda x, w, b: meta(x, w, b, attend_with_softmax)), Report()
     assert uvqk.run(gm, report) == 0
     assert not any(uvqk.ROLE in node.meta for node in gm.graph.nodes)
-    assert "found no use as k, q, v of an HSTU attention" in report.missed("uvqk")[0].reason
+    assert "no HSTU attention was found that takes its k, q, v" in report.missed("uvqk")[0].reason
 
 
 def test_an_mlp_is_no_layer():

@@ -26,8 +26,8 @@ class Explanation:
         recognised = sum(len(report.recognised()) for report in self.reports)
         missed = sum(len(report.missed()) for report in self.reports)
         graphs, breaks = len(self.reports), len(self.graph_breaks)
-        counts = f"{fused} regions fused, {recognised} recognised, {missed} not"
-        lines = [f"{counts}; {graphs} graphs, {breaks} graph breaks", *once_each(self.graph_breaks)]
+        counts = f"fused: {fused}, recognised and left to Inductor: {recognised}, not fused: {missed}"
+        lines = [f"{counts}; graphs: {graphs}, graph breaks: {breaks}", *once_each(self.graph_breaks)]
         alike: dict[str, list[int]] = {}
         for i, report in enumerate(self.reports):
             alike.setdefault(str(report), []).append(i)
