@@ -36,7 +36,7 @@ from hstu_compile.passes.report import spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
 
 LONGEST_CHAIN = 64
-ALONE = "compute them from q and k a second time, in a call of its own, where they are looked at (same numbers)"
+ALONE = "neither return nor read them; outside of the compiled model compute them from q and k again (same numbers)"
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
 DIVIDE = {
@@ -177,7 +177,7 @@ def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
                 raise Misfit(
                     node,
                     "dropout on the attention weights",
-                    "dropout after norm and gate is fused (another model in training, the same in eval)",
+                    "leave it out; after norm and gate it is fused (another model in training, the same in eval)",
                 )
         elif _is_silu(node):
             if scores.silu is not None:
@@ -318,5 +318,7 @@ def refuse_other_users(scores: Scores, second: fx.Node) -> None:
 
 def _instead_of(strange: fx.Node) -> str:
     if is_call(strange, aten.softmax.int, aten._softmax.default):
-        return "keep softmax by F.scaled_dot_product_attention, which torch fuses; F.silu(scores) / N is another model"
+        return (
+            "F.scaled_dot_product_attention with your scale and mask (same numbers); F.silu(scores) / N (another model)"
+        )
     return "F.silu(scores) is what HSTU has (another model); other activations are left to Inductor"

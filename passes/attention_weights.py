@@ -49,7 +49,7 @@ def read_weights(layout: Layout) -> Weights:
         if by_row and by_column:
             if not is_mask:
                 why = "a divisor" if term.role == "divides" else "a factor that needs a gradient"
-                change = "a factor per row, column or head fits; per pair, a 0/1 mask without gradient (another model)"
+                change = "a factor per row, column or head, or a 0/1 mask per pair of tokens (another model)"
                 raise Misfit(term.node, f"{why} over rows and columns in the attention weights", change)
             cells.append(term)
         elif is_mask and (by_row or by_column):

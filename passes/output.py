@@ -332,7 +332,7 @@ def _check_region(gate: Gate) -> None:
                 written = spoken(node)
                 raise Misfit(
                     f"{name}, or memory that it shares, is written in place by {written} at {source_line(node)}",
-                    f"write into a copy: {written.rstrip('_')}, not {written} (same numbers)",
+                    f"write into a copy: assign what {written.rstrip('_')} returns (same numbers)",
                 )
 
 

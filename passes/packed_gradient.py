@@ -133,7 +133,7 @@ def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, w
         change = f"take {role} as the split gives it; a constant factor fits on the scores (same numbers)"
         tensors = filter(is_tensor, made.all_input_nodes)
         if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in tensors):
-            reason = f"the mask clears padded keys, as a factor of {role}, and padded queries not"
+            reason = f"the mask clears padded keys, as a factor of {role}, but padded queries not"
             change = "mask padded queries as well as padded keys (padded rows change, no others)"
         report.add(Region(NAME, WHAT.format("slices"), where, reason, change=change))
 

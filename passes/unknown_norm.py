@@ -25,8 +25,8 @@ def find(graph: fx.Graph, known: set[fx.Node], pass_name: str) -> list[Region]:
             *between, product = path
             names = [spoken(n) for n in between if not (is_call(n, *LAYOUT, aten.clone.default) or is_cast(n))]
             what = ", ".join(names[:MOST_NAMES]) + ", ..." * (len(names) > MOST_NAMES)
-            reason = f"between attention and gate stands {what or 'nothing'}, no norm over the features of a token"
-            change = "layer norm, RMS norm or group norm over the features of a token (another model)"
+            reason = f"between attention and gate stands {what or 'nothing'}, not a norm over the features of a token"
+            change = "one of layer, RMS or group norm over the features of a token (another model; or leave yours)"
             found.append(Region(pass_name, "norm * gate", source_line(product), reason, change=change))
     return found
 

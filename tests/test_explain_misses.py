@@ -34,7 +34,7 @@ MISSED = {
         "F.dropout(F.silu(",
     ),
     models.DivisorOfPairs: ("attention", "divisor over rows and columns", "factor per row", "(1 + (place[:, None]"),
-    models.WeightsReturned: ("attention", "are returned", "a second time", "F.silu(scores) / self.longest * mask"),
+    models.WeightsReturned: ("attention", "are returned", "from q and k again", "F.silu(scores) / self.longest * mask"),
     models.WrittenInPlace: ("output", "written in place by mul_", "into a copy", "self.out_norm(a) * u"),
     models.NormOverTokens: ("output", "stands layer_norm", "features of a token", "F.dropout(a * u"),
     models.NoNorm: ("output", "stands nothing", "features of a token", "F.dropout(a * u"),
