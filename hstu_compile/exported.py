@@ -151,6 +151,8 @@ class _Step(nn.Module):
                 buffer.replace_all_uses_with(graph.placeholder(f"{name}_input"))
             graph.erase_node(buffer)
         self.call, self.rows = step._call, fx.GraphModule(step.graph, graph)
+        for name, parameter in list(self.rows.named_parameters()):  # packages are made with autograd on
+            setattr(self.rows, name, nn.Parameter(parameter.detach(), requires_grad=False))
 
     def forward(
         self, pools: list[Tensor], plan: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -6,6 +6,7 @@ if __name__ != "hstu_compile.ops":
     )
 
 from hstu_compile.ops.append_kv import append_kv
+from hstu_compile.ops.gated_paged_attention import gated_paged_attention
 from hstu_compile.ops.gated_silu_attention import gated_silu_attention
 from hstu_compile.ops.hstu_attention import hstu_attention
 from hstu_compile.ops.mask_tile_states import mask_tile_states
@@ -19,6 +20,7 @@ from hstu_compile.ops.wait_layer import waiting
 
 __all__ = [
     "append_kv",
+    "gated_paged_attention",
     "gated_silu_attention",
     "hstu_attention",
     "mask_tile_states",

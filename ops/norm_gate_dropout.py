@@ -34,10 +34,13 @@ PARAMETERS = (
     "dropout_ratio",
     "out_dtype",
 )
+WITHOUT_DROPOUT = PARAMETERS[:-2]
+SCHEMA_WITHOUT_DROPOUT = (
+    "float norm_eps, int num_groups, bool rms, str activation, bool gate_first, bool concat_u, bool concat_activated, "
+    "bool concat_x, bool concat_norm"
+)
 GATE_SCHEMA = (
-    "Tensor? weight, Tensor? bias, Tensor? seed, float norm_eps, int num_groups, bool rms, str activation, "
-    "bool gate_first, bool concat_u, bool concat_activated, bool concat_x, bool concat_norm, float dropout_ratio, "
-    "ScalarType out_dtype"
+    f"Tensor? weight, Tensor? bias, Tensor? seed, {SCHEMA_WITHOUT_DROPOUT}, float dropout_ratio, ScalarType out_dtype"
 )
 SCHEMA = f"Tensor a, Tensor u, {GATE_SCHEMA}"
 torch.library.define("hstu_compile::norm_gate_dropout", f"({SCHEMA}) -> Tensor")
@@ -118,7 +121,10 @@ def _expect(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"norm_gate_dropout: {name} is {value}, expected {expected}")
 
 
-def _check(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, named: dict) -> None:
+def check_gate(
+    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, named: dict
+) -> None:
+    """`named` as in PARAMETERS; reads no tensor's content."""
     for name, x in (("a", a), ("u", u)):
         _expect(x.dim() in (2, 3), f"the shape of {name}", tuple(x.shape), "[T, W] or [T, H, D]")
         _expect(x.is_floating_point(), f"the dtype of {name}", x.dtype, "a floating point dtype")
@@ -149,7 +155,8 @@ def _check(a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, see
     _expect(named["activation"] in ACTIVATIONS, "activation", named["activation"], f"one of {', '.join(ACTIVATIONS)}")
 
 
-def _output(a: Tensor, named: dict) -> Tensor:
+def empty_output(a: Tensor, named: dict) -> Tensor:
+    """What is to be filled; `named` as in PARAMETERS."""
     pieces = 1 + named["concat_u"] + named["concat_x"] + named["concat_norm"]
     return a.new_empty(a.shape[0], pieces * a.shape[1:].numel(), dtype=named["out_dtype"])
 
@@ -161,8 +168,8 @@ def _empty_like(t: Tensor | None, a: Tensor) -> Tensor:
 @torch.library.register_fake("hstu_compile::norm_gate_dropout_forward")
 def _forward_fake(a, u, weight, bias, seed, *args):
     named = dict(zip(PARAMETERS, args, strict=True))
-    _check(a, u, weight, bias, seed, named)
-    return _output(a, named)
+    check_gate(a, u, weight, bias, seed, named)
+    return empty_output(a, named)
 
 
 @torch.library.register_fake("hstu_compile::norm_gate_dropout_backward")
@@ -192,14 +199,14 @@ def _checked_kernel(
     a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, args: tuple
 ) -> ModuleType | None:
     named = dict(zip(PARAMETERS, args, strict=True))
-    _check(a, u, weight, bias, seed, named)
+    check_gate(a, u, weight, bias, seed, named)
     return importlib.import_module(KERNEL) if runs_on(named, a, u, weight, bias) == TRITON else None
 
 
 _kinds = Kinds(_checked_kernel)
 
 
-def _features(a: Tensor, u: Tensor, affine_and_seed: tuple, args: tuple) -> Hashable:
+def gate_features(a: Tensor, u: Tensor, affine_and_seed: tuple, args: tuple) -> Hashable:
     """All that checks ask for and launches differ in, but for addresses and their alignment and for T."""
     others = [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride()) for t in affine_and_seed]
     return (
@@ -210,11 +217,11 @@ def _features(a: Tensor, u: Tensor, affine_and_seed: tuple, args: tuple) -> Hash
 
 @torch.library.impl("hstu_compile::norm_gate_dropout_forward", ("CPU", "CUDA"))
 def _forward(a, u, weight, bias, seed, *args):
-    kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
+    kind = _kinds.kind(gate_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
         return norm_gate_dropout_reference(a, u, weight, bias, seed, **named)
-    out = _output(a, named)
+    out = empty_output(a, named)
     kind.kernel.forward(a, u, weight, bias, seed, out, memory=kind.memory, **named)
     return out
 
@@ -229,7 +236,7 @@ def norm_gate_dropout_gradients(
     du: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """da, du, dweight, dbias; empty where there is no weight or bias. du: like u, columns contiguous, to be filled."""
-    kind = _kinds.kind(_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
+    kind = _kinds.kind(gate_features(a, u, (weight, bias, seed), args), a, u, weight, bias, seed, args)
     named = dict(zip(PARAMETERS, args, strict=True))
     if kind.kernel is None:
         grads = norm_gate_dropout_backward_reference(dy, a, u, weight, bias, seed, **named)

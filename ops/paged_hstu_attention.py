@@ -1,12 +1,13 @@
 """`hstu_compile::paged_hstu_attention`: new tokens attend to cached history and to themselves; a torch.library op."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hstu_compile.ops import kernel_table
-from hstu_compile.ops.call_kinds import Kinds
+from hstu_compile.ops.call_kinds import Kind, Kinds
 from hstu_compile.ops.composite import register_inference_only
 from hstu_compile.ops.paged_call import paged_features
 from hstu_compile.ops.paged_reference import paged_hstu_attention_reference
@@ -29,13 +30,13 @@ PARAMETERS = (
     "targets_share_position",
 )
 
-torch.library.define(
-    "hstu_compile::paged_hstu_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor pool, Tensor page_table, Tensor cached_lengths, Tensor seq_offsets, "
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor pool, Tensor page_table, Tensor cached_lengths, Tensor seq_offsets, "
     "Tensor? num_targets, Tensor? num_contextuals, SymInt max_seq_len, float alpha, Scalar scaling_seq_len, "
     "bool causal, SymInt contextual_seq_len, SymInt target_group_size, SymInt max_attn_len, "
-    "SymInt min_full_attn_seq_len, bool targets_share_position) -> Tensor",
+    "SymInt min_full_attn_seq_len, bool targets_share_position"
 )
+torch.library.define("hstu_compile::paged_hstu_attention", f"({SCHEMA}) -> Tensor")
 
 
 def paged_hstu_attention(
@@ -114,28 +115,46 @@ def _paged_fake(q, k, v, pool, page_table, cached_lengths, *args):
     return q.new_empty(q.shape)
 
 
-def _checked_kernel(args: tuple) -> ModuleType | None:
+def checked_kernel(args: tuple) -> ModuleType | None:
+    """The kernel for such calls, whose arguments are checked; None for the reference."""
     q, named = args[0], dict(zip(PARAMETERS, args[6:], strict=True))
     check_paged_arguments(*args[:6], **named)
     kernel = kernel_table.choose_paged_attention(q.device, q.dtype, q.shape[-1])
     return None if kernel.is_reference else kernel.module()
 
 
-_kinds = Kinds(_checked_kernel)
+def attention_features(args: tuple) -> tuple:
+    """What calls of one kind, and no others, have in common."""
+    _, _, _, pool, page_table, cached_lengths, seq_offsets, num_targets, num_contextuals, max_seq_len = args[:10]
+    per_sequence = (seq_offsets, cached_lengths, num_targets, num_contextuals)
+    tensors = paged_features(args[:3], pool, page_table, per_sequence)
+    return tensors, max_seq_len >= 0, *args[10:], kernel_table.forced
+
+
+def _named(args: tuple) -> dict[str, Any]:
+    """By name, what comes after the tensors of keys and values, the values checked."""
+    named = dict(zip(PARAMETERS, args[6:], strict=True))
+    if checks_values(args[0].device):
+        check_paged_values(args[0], *args[3:6], **named)
+    return named
+
+
+def run_kernel(kind: Kind, args: tuple, gate: dict[str, Any] | None = None) -> Tensor:
+    """Of a kind that has a kernel. gate: what comes behind the attention, as the kernel takes it."""
+    named, kernel = _named(args), kind.kernel
+    assert kernel is not None
+    return kernel.forward(*args[:6], memory=kind.memory, gate=gate, scale=1.0 / named.pop("scaling_seq_len"), **named)
+
+
+_kinds = Kinds(checked_kernel)
 
 
 @torch.library.impl("hstu_compile::paged_hstu_attention", ("CPU", "CUDA"))
 def _paged(*args):
-    q, _, _, pool, page_table, cached_lengths, seq_offsets, num_targets, num_contextuals, max_seq_len = args[:10]
-    per_sequence = (seq_offsets, cached_lengths, num_targets, num_contextuals)
-    features = paged_features(args[:3], pool, page_table, per_sequence), max_seq_len >= 0, *args[10:]
-    kind = _kinds.kind((*features, kernel_table.forced), args)
-    named = dict(zip(PARAMETERS, args[6:], strict=True))
-    if checks_values(q.device):
-        check_paged_values(q, pool, page_table, cached_lengths, **named)
-    if kind.kernel is None:
-        return paged_hstu_attention_reference(*args[:6], **named)
-    return kind.kernel.forward(*args[:6], memory=kind.memory, scale=1.0 / named.pop("scaling_seq_len"), **named)
+    kind = _kinds.kind(attention_features(args), args)
+    if kind.kernel is not None:
+        return run_kernel(kind, args)
+    return paged_hstu_attention_reference(*args[:6], **_named(args))
 
 
 register_inference_only("paged_hstu_attention")

@@ -64,6 +64,16 @@ def find(attention: fx.Node, x: fx.Node, parts: dict[str, Part]) -> Gate | None:
     named = dict(zip(PARAMETERS, gate.args[OTHERS:], strict=True))
     if u.silu is not None and named["activation"] != "none":
         raise Misfit(f"the gate applies {named['activation']} to silu(u)", "u as it is, without a second activation")
+    num_groups = groups_in_row(attention, gate)
+    slices = {role: parts[role].slice_of(*shape(parts[role].node)[-2:]) for role in "qkv"}  # type: ignore[arg-type]
+    slices["u"] = u.slice_of(*shape(attention)[-2:])  # type: ignore[arg-type]
+    refuse_writes(x, parts, gate)
+    return Gate(gate, num_groups, slices)
+
+
+def groups_in_row(attention: fx.Node, gate: fx.Node) -> int:
+    """How many groups the gate's norm has in a row of the attention."""
+    named = dict(zip(PARAMETERS, gate.args[OTHERS:], strict=True))
     row, width = value(attention).shape[-2:].numel(), value(gate.args[A]).shape[1:].numel()
     run = width // named["num_groups"]
     if width != row:  # the same numbers, in longer or shorter rows
@@ -73,10 +83,7 @@ def find(attention: fx.Node, x: fx.Node, parts: dict[str, Part]) -> Gate | None:
             raise Misfit(f"the gate joins rows of {width} elements, the attention has rows of {row}")
         if any(node is not None and value(node).numel() != run for node in gate.args[WEIGHT : BIAS + 1]):
             raise Misfit(f"the norm's weight differs within {width} elements, a row of the attention has {row}")
-    slices = {role: parts[role].slice_of(*shape(parts[role].node)[-2:]) for role in "qkv"}  # type: ignore[arg-type]
-    slices["u"] = u.slice_of(*shape(attention)[-2:])  # type: ignore[arg-type]
-    refuse_writes(x, parts, gate)
-    return Gate(gate, row // run, slices)
+    return row // run
 
 
 def _only_reader(node: fx.Node, place: int) -> fx.Node | None:

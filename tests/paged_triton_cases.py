@@ -3,12 +3,14 @@
 On a GPU the ops' own tests run the kernels.
 """
 
+import contextlib
 from unittest import mock
 
 import pytest
 import torch
 import triton_interpreter  # noqa: F401
 from error_budget import FORWARD, assert_within_budget
+from gated_paged_cases import GATES, together_and_apart
 from paged_cases import (
     MASKS,
     NEW,
@@ -23,6 +25,7 @@ from paged_cases import (
 
 from hstu_compile.ops.kernels import append_kv, paged_attention_triton, paged_parts, silu_append_kv
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
+from hstu_compile.ops.kernels.launch import Workspace
 from hstu_compile.ops.paged_reference import append_kv_reference
 
 NOTHING = {
@@ -40,14 +43,20 @@ NOTHING = {
 SMALL = Tile(32, 32, 4, 1)
 
 
-def attention(case, processors=1, tile=SMALL):
-    call = {"seq_offsets": case.seq_offsets, **NOTHING, **case.arguments}
-    call["scale"] = 1.0 / call.pop("scaling_seq_len")
+@contextlib.contextmanager
+def gpu(processors=1, tile=SMALL):
     with (
         mock.patch.object(paged_attention_triton, "tile_for", lambda q: tile),
         mock.patch.object(paged_attention_triton, "processors", lambda device: processors),
         mock.patch.object(paged_parts, "LEAST", 1),
     ):
+        yield
+
+
+def attention(case, *gpu_and_tile):
+    call = {"seq_offsets": case.seq_offsets, **NOTHING, **case.arguments}
+    call["scale"] = 1.0 / call.pop("scaling_seq_len")
+    with gpu(*gpu_and_tile):
         return paged_attention_triton.forward(*case.operands, **call)
 
 
@@ -72,6 +81,35 @@ def test_half(page_size):
 def test_parts_are_added_in_a_fixed_order():
     case = make_case(16, dim=16, new=[3, 40], cached=[100, 31])
     assert torch.equal(attention(case, 50), attention(case, 50))
+
+
+@pytest.mark.parametrize("dtype, dim", [(torch.float32, 16), (torch.float16, 24)], ids=str)
+@pytest.mark.parametrize("variant", GATES)
+def test_gated(variant, dtype, dim):
+    """By the gate's kernel, which adds the parts, and by two ops: the same bits, in rows of no sequence too."""
+    case = make_case(16, dtype, dim=dim, new=[0, 5, 17], cached=[7, 33, 31])
+    for processors in (1, 40):
+        with gpu(processors):
+            together, apart = together_and_apart(paged_attention_triton, case, variant)
+        assert not together.isnan().any() and torch.equal(together, apart)
+
+
+def test_gated_parts_are_not_summed_elsewhere():
+    """And whole results are not summed at all."""
+    case, names = make_case(16, dim=16, new=[3, 40], cached=[100, 31]), []
+
+    def run(memory, key, tensors, extent, launches):
+        names.append([launch.kernel.__name__ for launch in launches(Workspace(tensors[0].device, extent))])
+
+    for processors in (1, 50):
+        with gpu(processors), mock.patch.object(paged_parts, "run", run):
+            together_and_apart(paged_attention_triton, case, "layer norm")
+    assert names == [
+        ["zero_tail_kernel", "paged_attention_kernel", "forward_kernel"],
+        ["zero_tail_kernel", "paged_attention_kernel"],
+        ["paged_attention_kernel", "forward_kernel"],
+        ["paged_attention_kernel", "sum_parts_kernel"],
+    ]
 
 
 @pytest.mark.parametrize("mask", ["causal", "targets"])

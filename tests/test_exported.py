@@ -171,7 +171,7 @@ def test_the_step_of_an_engine_in_a_fresh_process(tmp_path: Path, monkeypatch: p
         args = traffic.request(users, histories, counts)
         answers.append((engine(users, *args), args))
     program = step_program(engine, *answers[1][1])
-    assert {ops.append_kv.default, ops.paged_hstu_attention.default} <= targets(program)
+    assert {ops.append_kv.default, ops.gated_paged_attention.default} <= targets(program)
     pools = [torch.zeros_like(pool) for pool in engine._cache.gpu.pools]  # type: ignore[union-attr]
     calls = [(pools, plan, args, {}) for plan, (_, args) in zip(plans, answers, strict=True)]
     results = run_elsewhere(package(program, tmp_path), calls, tmp_path)

@@ -10,8 +10,8 @@ import torch
 from recorded_launches import counted, passed, recording, same_addresses_again, without_hooks
 
 from hstu_compile.ops.kernels import norm_gate_dropout as gate
-from hstu_compile.ops.norm_gate_dropout import _features as gate_features
-from hstu_compile.ops.norm_gate_dropout import norm_gate_dropout
+from hstu_compile.ops.kernels import paged_attention_sm90
+from hstu_compile.ops.norm_gate_dropout import gate_features, norm_gate_dropout
 
 
 @pytest.fixture
@@ -85,6 +85,43 @@ def test_c_gets_the_same_of_a_gate(recorded, same_addresses, monkeypatch: pytest
     names = counted(monkeypatch)
     for shift in (0, 4):
         gate_both(*gate_inputs(99, variant, shift=shift), memory)
+    assert not names, "no launch is Triton's"
+
+
+def attention_inputs(rows: int) -> tuple[list, dict[str, Any], dict[str, Any]]:
+    """What an attention over pages takes, and the gate behind it."""
+    packed = torch.randn(rows, 4, 4, 16).bfloat16()
+    _, _, _, *affine, _ = gate_inputs(rows, "rms norm of heads")[0]
+    _, gate = gate_inputs(rows, "rms norm of heads")
+    out = torch.zeros(rows, WIDTH, dtype=torch.bfloat16)
+    gate |= {"dropout_ratio": 0.0, "u": packed[:, 0].flatten(1), "weight": affine[0], "bias": affine[1]}
+    paging = torch.zeros(2, 9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    tensors = [*packed.unbind(1)[1:], torch.zeros(4, 2, 32, 4, 16, dtype=torch.bfloat16), *paging]
+    call: dict[str, Any] = {"seq_offsets": torch.zeros(3, dtype=torch.int64), "num_targets": None}
+    call |= {"num_contextuals": None, "max_seq_len": 4096, "alpha": 0.5, "scale": 0.1, "causal": True}
+    call |= {"contextual_seq_len": 0, "target_group_size": 1, "max_attn_len": 0, "min_full_attn_seq_len": 0}
+    return tensors, call | {"targets_share_position": False}, gate | {"seed": None, "out": out}
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_c_gets_the_same_of_a_gated_attention(
+    recorded, same_addresses, monkeypatch: pytest.MonkeyPatch, processors: int
+) -> None:
+    """Whole, and in parts that the gate adds: their number is another with other numbers of rows."""
+    monkeypatch.setattr(paged_attention_sm90, "processors", lambda device: processors)
+    memory: dict = {}
+    for rows in (40, 40, 37, 2, 3000, 3000, 64):
+        tensors, call, given = attention_inputs(rows)
+        done = []
+        for remembered in (memory, None):
+            same_addresses()
+            passed.clear()
+            paged_attention_sm90.forward(*tensors, memory=remembered, gate=given, **call)
+            done.append(list(map(without_hooks, passed)))
+        assert done[0] == done[1] and len(done[0]) == (3 if processors == 1 or rows == 3000 else 2)
+    names = counted(monkeypatch)
+    tensors, call, given = attention_inputs(99)
+    paged_attention_sm90.forward(*tensors, memory=memory, gate=given, **call)
     assert not names, "no launch is Triton's"
 
 

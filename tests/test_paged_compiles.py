@@ -17,12 +17,16 @@ from test_sm90_compiles import MASKS, assert_fits, read_by_tma
 from hstu_compile.ops.kernels import (
     append_kv,
     attention_sm90,
+    norm_gate_dropout,
     paged_attention_sm90,
     paged_attention_triton,
     paged_parts,
+    partial_sums,
     silu_append_kv,
 )
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, with_places
+from hstu_compile.ops.kernels.partial_sums import PartialSums
+from hstu_compile.ops.norm_gate_dropout import WITHOUT_DROPOUT
 
 PAGE_SIZES = [16, 32, 64, 128, 256]
 NOTHING: dict[str, Any] = {
@@ -38,7 +42,14 @@ NOTHING: dict[str, Any] = {
 
 
 def launched(
-    kernels: Any, dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int, run: Any = None
+    kernels: Any,
+    dim: int,
+    dtype: torch.dtype,
+    page_size: int,
+    mask: str,
+    parts: int,
+    run: Any = None,
+    gate: dict[str, Any] | None = None,
 ) -> list[Launch]:
     """What a call of the ops launches on 132 multiprocessors; split up if there are to be parts. run: done instead."""
     q, k, v = (torch.empty(16, 4, H, dim, dtype=dtype)[:, i] for i in range(3))
@@ -53,7 +64,7 @@ def launched(
             paged_parts, "run", run or (lambda *call: found.extend(call[-1](Workspace(q.device, call[-2]))))
         ),
     ):
-        kernels.forward(q, k, v, pool, table, cached, **call)
+        kernels.forward(q, k, v, pool, table, cached, gate=gate, **call)
     extent = Extent(16, 1)
     found.append(
         append_kv.append_launch(
@@ -69,6 +80,18 @@ def silu_append_tensors(dim: int, dtype: torch.dtype, page_size: int) -> list[An
     x, pool = torch.empty(16, 4 * H * dim, dtype=dtype), torch.empty(4, 2, page_size, H, dim, dtype=dtype)
     counts = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
     return [x, pool, torch.tensor([0, 16]), torch.zeros(1, 16, dtype=torch.int32), *counts]
+
+
+def gate_of(dim: int, dtype: torch.dtype, heads: int = H, **change: Any) -> dict[str, Any]:
+    """Of 16 rows; a layer norm, if not said otherwise. In rows of a packed buffer, as in models."""
+    named: dict[str, Any] = {name: False for name in WITHOUT_DROPOUT}
+    named |= {"norm_eps": 1e-6, "num_groups": 1, "activation": "none", "dropout_ratio": 0.0, "out_dtype": dtype}
+    named |= change
+    pieces = 1 + sum(named[f"concat_{name}"] for name in ("u", "x", "norm"))
+    u = torch.empty(16, 4 * heads * dim, dtype=dtype)[:, : heads * dim]
+    out = torch.empty(16, pieces * heads * dim, dtype=dtype)
+    weight, bias = (torch.empty(named["num_groups"], heads * dim // named["num_groups"]) for _ in range(2))
+    return {"u": u, "weight": weight, "bias": bias, "seed": None, "out": out, **named}
 
 
 def compile_all(launches: list[Launch], fast: bool) -> dict[str, Any]:
@@ -200,9 +223,10 @@ def test_parts_and_programs(rows: int, sequences: int, max_seq_len: int, parts: 
     assert paged_attention_triton.paged_sizes(4, 128, split, extent)[0] >= -(-rows // 128) * 4 * parts
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kernels", [paged_attention_sm90, paged_attention_triton])
 @pytest.mark.parametrize("parts", [1, 11])
-def test_launches_can_be_done_again(kernels: Any, parts: int) -> None:
+def test_launches_can_be_done_again(kernels: Any, parts: int, gated: bool) -> None:
     """Every tensor and size among the arguments of a launch is one that a later call brings."""
     seen = []
 
@@ -214,8 +238,48 @@ def test_launches_can_be_done_again(kernels: Any, parts: int) -> None:
                 (launch.kernel.__name__, set(launch.sizes(extent)[1]) <= set(re.findall(r"key='(\w+)'", places)))
             )
 
-    launched(kernels, 64, torch.bfloat16, 32, "targets", parts, instead)
-    assert len(seen) == 2 and all(found for _, found in seen), seen
+    gate = gate_of(64, torch.bfloat16) if gated else None
+    launched(kernels, 64, torch.bfloat16, 32, "targets", parts, instead, gate)
+    assert len(seen) == 2 + (gated and parts == 1) and all(found for _, found in seen), seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dim, change",
+    [
+        (256, {}),
+        (256, {"num_groups": 4, "concat_u": True, "concat_x": True}),
+        (256, {"activation": "silu", "gate_first": True}),
+        (64, {"num_groups": 4, "rms": True}),
+        (2048, {}),
+    ],
+)
+def test_gate_of_parts(dim: int, change: dict[str, Any], dtype: torch.dtype) -> None:
+    """Parts are on their way to shared memory, 16 bytes at a time, seven together where rows are not long; nothing is
+    spilled. A row is summed in the order in which the gate of a whole attention does: threads own the same elements."""
+    gate, extent = gate_of(dim, dtype, heads=4, **change), Extent(16, 1, 4096)
+    offsets, sums = torch.zeros(2, dtype=torch.int64), torch.empty(11, 16, 4, dim)
+    partial = PartialSums(sums, dtype, offsets, lambda extent: 11)
+    layouts = []
+    for a in (torch.empty(16, 4, dim, dtype=dtype), partial):
+        launch = norm_gate_dropout.forward_launch(a, **gate, extent=extent)
+        with compile_only.target(90):
+            kernel = launch.kernel.warmup(*launch.arguments, **launch.constants, grid=(1,))
+        assert compile_only.resources(kernel).spilled == 0
+        layouts.append(layouts_of_sums(kernel.asm["ttgir"]))
+    assert layouts[0] == layouts[1] and len(layouts[0]) == (1 if change.get("rms") else 2)
+    tile = 4 * launch.constants["ROWS"] * launch.constants["BLOCK"]
+    copies = len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10,", kernel.asm["ptx"]))
+    buffers = min(7, partial_sums.SHARED_MEMORY.value // tile)
+    assert copies == (buffers + 1) * tile // (16 * 32 * launch.constants["num_warps"])
+    assert compile_only.resources(kernel).shared <= partial_sums.SHARED_MEMORY.value
+
+
+def layouts_of_sums(ttgir: str) -> list[str]:
+    """Of what is summed, in the order of the sums."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    summed = re.findall(r'"tt\.reduce".*?\}\) : \(tensor<.*?(#\w+)>\)', ttgir, re.DOTALL)
+    return [layouts[name] for name in summed]
 
 
 if __name__ == "__main__":

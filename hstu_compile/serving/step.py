@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hstu_compile.capture import placeholders
-from hstu_compile.passes import cacheable, paged_attention, silu_append, silu_in_place
+from hstu_compile.passes import cacheable, paged_attention, paged_gate, silu_append, silu_in_place
 from hstu_compile.passes.batch_sizes import BatchSizes, expression
 from hstu_compile.passes.evaluate import Evaluation
 from hstu_compile.passes.graph import argument, is_tensor, shape, value
@@ -114,6 +114,7 @@ class Step:
             raise NotServable(f"serve: keys and values can't be cached: {error}") from error
         silu_in_place.run(self.graph.graph)
         silu_append.run(self.graph.graph)
+        paged_gate.run(self.graph.graph)
         self._tensors, self._numbers = self._described(fixed)
         alive = set(self.graph.graph.nodes)
         reads = [node for node in dict.fromkeys(paged.reads) if node in alive]

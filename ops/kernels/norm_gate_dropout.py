@@ -8,10 +8,12 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
 from hstu_compile.ops.kernels.norm_gate_dropout_kernels import backward_kernel, forward_kernel
+from hstu_compile.ops.kernels.partial_sums import PartialSums, Parts
 from hstu_compile.ops.kernels.sum_shares import Programs, sum_launches
 
 FORWARD_ELEMENTS = 16  # a thread: two 16-byte loads of 16-bit data
@@ -96,17 +98,30 @@ def forward(
 
 
 def forward_launch(
-    a: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor, extent: Extent,
-    **named: Any,
+    a: Tensor | PartialSums, u: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, out: Tensor,
+    extent: Extent, **named: Any,
 ) -> Launch:  # fmt: skip
-    tensors, scalars, constants = kernel_arguments(a, u, weight, bias, seed, **named)
+    """Of a in parts, the same numbers as of their sum."""
+    partial = a if isinstance(a, PartialSums) else None
+    one = a.sums[0] if isinstance(a, PartialSums) else a
+    tensors, scalars, constants = kernel_arguments(one, u, weight, bias, seed, **named)
     tile = tile_of(constants["WIDTH"], FORWARD_ELEMENTS)
-    sizes = functools.partial(forward_sizes, tile["ROWS"], constants["GROUPS"])
-    return Launch(forward_kernel, sizes(extent)[0], (*tensors, out, *scalars), constants | tile, sizes)
+    seq_offsets = None
+    if partial is not None:
+        tensors, seq_offsets = (partial.sums, *tensors[1:]), partial.seq_offsets.contiguous()
+        tile["ROWS"] = max(tile["ROWS"] // 2, 1)  # of the same warps: they decide in which order a row is summed
+    sizes = functools.partial(forward_sizes, tile["ROWS"], constants["GROUPS"], partial and partial.parts)
+    programs, numbers = sizes(extent)
+    arguments = (*tensors, out, *scalars, seq_offsets, numbers.get("batch"), numbers.get("parts"))
+    constants |= {"SUM": None if partial is None else getattr(tl, str(partial.dtype).removeprefix("torch."))}
+    return Launch(forward_kernel, programs, arguments, constants | tile, sizes)
 
 
-def forward_sizes(tile_rows: int, groups: int, extent: Extent) -> tuple[int, dict[str, int]]:
-    return -(-extent.rows // tile_rows) * groups, {"T": extent.rows}
+def forward_sizes(tile_rows: int, groups: int, parts: Parts | None, extent: Extent) -> tuple[int, dict[str, int]]:
+    sizes = {"T": extent.rows}
+    if parts is not None:
+        sizes |= {"batch": extent.sequences, "parts": parts(extent)}
+    return -(-extent.rows // tile_rows) * groups, sizes
 
 
 def backward(

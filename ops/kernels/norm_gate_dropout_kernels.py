@@ -9,6 +9,7 @@ this one. Each sums its own share of dweight and dbias.
 import triton
 import triton.language as tl
 
+from hstu_compile.ops.kernels.partial_sums import sum_of_parts
 from hstu_compile.ops.kernels.silu import sigmoid
 
 
@@ -30,9 +31,9 @@ def keep_scale(seed, piece, group, rows, threshold, scale, ROWS: tl.constexpr, B
 
 
 @triton.jit
-def fast(x):
-    """Whether one unit more or less in fp32 is lost when x, a pointer, is rounded; then approximate instructions do."""
-    return x.dtype.element_ty.primitive_bitwidth == 16
+def fast(dtype: tl.constexpr):
+    """Whether one unit more or less in fp32 is lost when rounded to it; then approximate instructions do."""
+    return dtype.primitive_bitwidth == 16
 
 
 @triton.jit
@@ -99,26 +100,35 @@ def get(dy, offsets, inside, seed, piece, group, rows, threshold, scale, ROWS: t
     return values
 
 
-@triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps"])
+@triton.jit(do_not_specialize=["T", "threshold", "scale", "norm_eps", "batch", "parts"])
 def forward_kernel(
-    a, u, weight, bias, seed, y, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale,
+    a, u, weight, bias, seed, y, T, a_row, a_head, u_row, u_head, norm_eps, threshold, scale, seq_offsets, batch, parts,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, A_HEAD_DIM: tl.constexpr, U_HEAD_DIM: tl.constexpr,
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr, CONCAT_ACTIVATED: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
+    """a: or fp32 parts of it, whose sum, rounded to SUM, is 0 in rows beyond seq_offsets[batch]."""
     group = tl.program_id(0) % GROUPS
     rows = tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)
     in_group = tl.arange(0, BLOCK)
     cols = group * WIDTH + in_group
     inside = (rows < T)[:, None] & (in_group < WIDTH)[None, :]
-    x = tl.load(a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
+    places = a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM)
+    if SUM is None:
+        x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    else:
+        summed = inside & (rows < tl.load(seq_offsets + batch))[:, None]
+        size = tl.cast(T, tl.int64) * (GROUPS * WIDTH)
+        x = sum_of_parts(places, parts, size, summed).to(SUM).to(tl.float32)
     g = tl.load(u + tile_offsets(rows, cols, u_row, u_head, U_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
     w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
 
-    gate, _ = activated(g, ACTIVATION, fast(u))
-    norm = normalised(x * gate if GATE_FIRST else x, inside, norm_eps, WIDTH, RMS, fast(a)) * w + b
+    gate, _ = activated(g, ACTIVATION, fast(u.dtype.element_ty))
+    normed = x * gate if GATE_FIRST else x
+    norm = normalised(normed, inside, norm_eps, WIDTH, RMS, fast(a.dtype.element_ty if SUM is None else SUM)) * w + b
     PIECES: tl.constexpr = 1 + CONCAT_U + CONCAT_X + CONCAT_NORM
     out = tile_offsets(rows, cols, PIECES * GROUPS * WIDTH, 0, GROUPS * WIDTH)
     if CONCAT_U:
@@ -162,7 +172,7 @@ def backward_kernel(
         last = out + (PIECES - 1) * ROW_WIDTH
         dgated = get(dy, last, inside, seed, 3, group, rows, threshold, scale, ROWS, BLOCK)
 
-        gate, gate_grad = activated(g, ACTIVATION, fast(u))
+        gate, gate_grad = activated(g, ACTIVATION, fast(u.dtype.element_ty))
         normed = x * gate if GATE_FIRST else x
         dnorm = dgated if GATE_FIRST else dgated * gate
         if CONCAT_NORM:
@@ -174,7 +184,7 @@ def backward_kernel(
             normed = tl.where(inside, normed - (mean / WIDTH)[:, None], 0.0)
             dxhat -= (dmean / WIDTH)[:, None]
         square, product = row_sums(normed * normed, dxhat * normed)
-        rstd = tl.where(rows < T, inverse_root(square / WIDTH + norm_eps, fast(a)), 0.0)[:, None]
+        rstd = tl.where(rows < T, inverse_root(square / WIDTH + norm_eps, fast(a.dtype.element_ty)), 0.0)[:, None]
         xhat = normed * rstd
         dx = rstd * (dxhat - xhat * (rstd * (product / WIDTH)[:, None]))
         dgate = dx * x if GATE_FIRST else dgated * (xhat * w + b)

@@ -29,7 +29,8 @@ from hstu_compile.ops.kernels.attention_sm90 import (
 )
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors
 from hstu_compile.ops.kernels.paged_attention_triton import pages_of
-from hstu_compile.ops.kernels.paged_parts import Parts, parts_of, run_in_parts
+from hstu_compile.ops.kernels.paged_parts import parts_of, run_in_parts
+from hstu_compile.ops.kernels.partial_sums import Parts
 
 SWIZZLED = 64  # elements of a row in which TMA swizzles as one
 REGISTERS = 232  # of a consumer's thread: with 240, as unpaged, there are too few for the producer to find pages with
@@ -51,13 +52,14 @@ def forward(
     cached_lengths: Tensor,
     *,
     memory: dict[Hashable, Any] | None = None,
+    gate: dict[str, Any] | None = None,
     **call: Any,
 ) -> Tensor:
     """As in paged_attention_triton."""
     sms = processors(q.device)
     launch = functools.partial(attention_launch, sms)
     operands = q, k, v, pool, page_table, cached_lengths
-    return run_in_parts(*operands, launch, parts_for(q, sms), COUNTER, memory, call)
+    return run_in_parts(*operands, launch, parts_for(q, sms), COUNTER, memory, call, gate)
 
 
 def parts_for(q: Tensor, sms: int) -> Parts:

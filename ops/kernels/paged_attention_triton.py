@@ -26,8 +26,9 @@ from hstu_compile.ops.kernels.attention_triton import capability_and_memory, con
 from hstu_compile.ops.kernels.attention_triton_tiles import tiles_for
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors
 from hstu_compile.ops.kernels.mask_tiles import nth_tile, num_tiles
-from hstu_compile.ops.kernels.paged_parts import Parts, parts_of, run_in_parts
+from hstu_compile.ops.kernels.paged_parts import parts_of, run_in_parts
 from hstu_compile.ops.kernels.paged_tiles import Pages, paged_key_spans, part_of_spans, tile_start
+from hstu_compile.ops.kernels.partial_sums import Parts
 from hstu_compile.ops.kernels.silu import silu
 from hstu_compile.ops.kernels.slots import slots_of, tile_of_program
 
@@ -153,15 +154,16 @@ def forward(
     cached_lengths: Tensor,
     *,
     memory: dict[Hashable, Any] | None = None,
+    gate: dict[str, Any] | None = None,
     **call: Any,
 ) -> Tensor:
     """The kernels' side of `hstu_compile::paged_hstu_attention`, whose keywords they are; scale = 1 / scaling_seq_len.
 
-    memory: see `run_in_parts`.
+    memory, gate: see `run_in_parts`.
     """
     parts = parts_for(q, processors(q.device))
     operands = q, k, v, pool, page_table, cached_lengths
-    return run_in_parts(*operands, attention_launch, parts, 0, memory, call)
+    return run_in_parts(*operands, attention_launch, parts, 0, memory, call, gate)
 
 
 def tile_for(q: Tensor) -> Any:
