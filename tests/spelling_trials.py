@@ -11,6 +11,7 @@ python -m tests.spelling_trials --device cuda --through inductor # and through I
 
 import argparse
 import collections
+import copy
 import random
 import re
 import time
@@ -37,7 +38,7 @@ from tests.without_codegen import inductor_without_codegen
 
 BATCHES = (3, 5)  # one is captured, the others must run on the same graph
 DRAWS = 24  # at most: an error that is bad luck is gone in the maximum over more draws; a wrong number is not
-NUDGES = 8  # of the inputs of each draw
+NUDGES = 8  # of the inputs and parameters of each draw
 SETTINGS = {"cpu": Setting(), "cuda": Setting(64, 32, 150, ("bfloat16",) * 4 + ("float32",), "cuda")}
 
 
@@ -47,7 +48,7 @@ class Outcome:
     report: Report
     graphs: int = 1  # how many were captured
     wrong: str | None = None  # the first value that is out of budget
-    ill_conditioned: str | None = None  # the same, where half a unit in the last place of the inputs does as much
+    ill_conditioned: str | None = None  # the same, where half a unit in the last place of what is given does as much
     seconds: float = 0.0
 
     def recognised(self, part: str) -> bool:
@@ -153,18 +154,25 @@ def try_out(layer: Layer, seed: int, through: Callable = through_trace, batches:
 def _nudged(
     layer: Layer, double: nn.Module, seed: int, batches: tuple[int, ...]
 ) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """What rounding the inputs differently does to the exact values, as if it were eager's error, and ours none."""
-    parameters, dice = list(double.parameters()), torch.Generator().manual_seed(seed)
+    """What x and parameters, rounded differently, do to the exact values, as if it were eager's error."""
+    dice, half = torch.Generator().manual_seed(seed), torch.finfo(arguments(layer, batches[0], seed)[0].dtype).eps / 2
+    nudged_double = copy.deepcopy(double)
+    parameters, nudged_parameters = list(double.parameters()), list(nudged_double.parameters())
+
+    def nudge(t: Tensor) -> Tensor:
+        return t * (1 + half * (torch.randint(2, t.shape, generator=dice).to(t.device) * 2 - 1))
+
     found = []
     for draw in range(DRAWS):
         x, *rest = arguments(layer, batches[draw % len(batches)], seed + draw)
-        half = torch.finfo(x.dtype).eps / 2
         rest = [t.double() if t.is_floating_point() else t for t in rest]
         with in_plain_pytorch():
             exact = values_and_gradients(double, parameters, (x.double(), *rest))
             for _ in range(NUDGES):
-                signs = torch.randint(2, x.shape, generator=dice).to(x.device) * 2 - 1
-                nudged = values_and_gradients(double, parameters, (x.double() * (1 + half * signs), *rest))
+                with torch.no_grad():
+                    for theirs, parameter in zip(nudged_parameters, parameters, strict=True):
+                        theirs.copy_(nudge(parameter))
+                nudged = values_and_gradients(nudged_double, nudged_parameters, (nudge(x.double()), *rest))
                 found.append(list(zip(exact, nudged, exact, strict=True)))
     return found
 
