@@ -286,7 +286,8 @@ def test_tile_states(N: int) -> None:
 def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
     """From the states of tiles of 16 x 16 cells: of those in a tile, or of the one that it is part of."""
     monkeypatch.setattr(mask_occupancy, "WIDTH", 4)
-    N, grain = 4 * 64 + 3, 16
+    grain = 16
+    N = 4 * max(cols, grain) + 3  # a list takes its width in tiles several times
     mask = mask_of_tiles(N, grain)
     row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
     held, ones = (torch.empty(2, 3, row_tiles, col_tiles, dtype=torch.bool, device=DEVICE) for _ in range(2))
