@@ -36,7 +36,7 @@ from hstu_compile.passes.report import spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
 
 LONGEST_CHAIN = 64
-ALONE = "neither return nor read them; outside of the compiled model compute them from q and k again (same numbers)"
+ALONE = "return only what they are multiplied with; to look at them, compute them again elsewhere (same numbers)"
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
 DIVIDE = {
@@ -311,14 +311,20 @@ def refuse_other_users(scores: Scores, second: fx.Node) -> None:
     for node in scores.dims_of:
         for user in node.users:
             if user.op == "output":
-                raise Misfit(node, "the attention scores are returned, or the weights", ALONE)
+                raise Misfit(node, f"the attention {_name(scores, node)} are returned", ALONE)
             if user is not second and user not in scores.dims_of and not reads_only_metadata(user):
-                raise Misfit(user, "the attention scores, or the weights, are used here too", ALONE)
+                raise Misfit(user, f"the attention {_name(scores, node)} are used here too", ALONE)
+
+
+def _name(scores: Scores, node: fx.Node) -> str:
+    from_weights_on = list(scores.dims_of)
+    return "weights" if node in from_weights_on[: from_weights_on.index(scores.silu) + 1] else "scores"  # type: ignore
 
 
 def _instead_of(strange: fx.Node) -> str:
     if is_call(strange, aten.softmax.int, aten._softmax.default):
         return (
-            "F.scaled_dot_product_attention with your scale and mask (same numbers); F.silu(scores) / N (another model)"
+            "leave softmax to F.scaled_dot_product_attention, with your scale and your mask in floats (same numbers), "
+            "or write F.silu(scores) / N * mask (another model)"
         )
     return "F.silu(scores) is what HSTU has (another model); other activations are left to Inductor"

@@ -49,8 +49,10 @@ def read_weights(layout: Layout) -> Weights:
         if by_row and by_column:
             if not is_mask:
                 why = "a divisor" if term.role == "divides" else "a factor that needs a gradient"
-                change = "a factor per row, column or head, or a 0/1 mask per pair of tokens (another model)"
-                raise Misfit(term.node, f"{why} over rows and columns in the attention weights", change)
+                change = "factors of a query, a key or a head are fused, and 0/1 masks (another model; or leave yours)"
+                raise Misfit(
+                    term.node, f"the attention weights have {why} of its own for each (query, key) pair", change
+                )
             cells.append(term)
         elif is_mask and (by_row or by_column):
             (columns if by_column else rows).append(term)

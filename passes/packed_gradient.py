@@ -130,10 +130,10 @@ def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, w
     *_, made = behind(attention.args["qkv".index(role)])  # type: ignore[arg-type]
     if may_require_grad(x) and any(x in behind(node) for node in made.all_input_nodes):
         reason = f"{role} is changed between the split and the attention: {spoken(made)} at {source_line(made)}"
-        change = f"take {role} as the split gives it; a constant factor fits on the scores (same numbers)"
+        change = f"take {role} as the split gives it; a constant factor fits on the scores, before silu (same numbers)"
         tensors = filter(is_tensor, made.all_input_nodes)
         if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in tensors):
-            reason = f"the mask clears padded keys, as a factor of {role}, but padded queries not"
+            reason = f"the mask clears padded keys (a factor of {role}), but not padded queries"
             change = "mask padded queries as well as padded keys (padded rows change, no others)"
         report.add(Region(NAME, WHAT.format("slices"), where, reason, change=change))
 

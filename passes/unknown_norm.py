@@ -25,7 +25,9 @@ def find(graph: fx.Graph, known: set[fx.Node], pass_name: str) -> list[Region]:
             *between, product = path
             names = [spoken(n) for n in between if not (is_call(n, *LAYOUT, aten.clone.default) or is_cast(n))]
             what = ", ".join(names[:MOST_NAMES]) + ", ..." * (len(names) > MOST_NAMES)
-            reason = f"between attention and gate stands {what or 'nothing'}, not a norm over the features of a token"
+            reason = "there is no norm between attention and gate"
+            if what:
+                reason = f"between attention and gate stands {what}, not a norm over the features of a token"
             change = "one of layer, RMS or group norm over the features of a token (another model; or leave yours)"
             found.append(Region(pass_name, "norm * gate", source_line(product), reason, change=change))
     return found

@@ -33,12 +33,22 @@ MISSED = {
         "after norm and gate",
         "F.dropout(F.silu(",
     ),
-    models.DivisorOfPairs: ("attention", "divisor over rows and columns", "factor per row", "(1 + (place[:, None]"),
-    models.WeightsReturned: ("attention", "are returned", "from q and k again", "F.silu(scores) / self.longest * mask"),
+    models.DivisorOfPairs: (
+        "attention",
+        "a divisor of its own for each (query, key) pair",
+        "factors of a query",
+        "(1 + (place[:, None]",
+    ),
+    models.WeightsReturned: (
+        "attention",
+        "weights are returned",
+        "compute them again",
+        "F.silu(scores) / self.longest * mask",
+    ),
     models.WrittenInPlace: ("output", "written in place by mul_", "into a copy", "self.out_norm(a) * u"),
     models.NormOverTokens: ("output", "stands layer_norm", "features of a token", "F.dropout(a * u"),
-    models.NoNorm: ("output", "stands nothing", "features of a token", "F.dropout(a * u"),
-    models.PaddedKeysAlone: ("packed_gradient", "padded queries not", "mask padded queries", "F.silu(self.uvqk("),
+    models.NoNorm: ("output", "there is no norm", "features of a token", "F.dropout(a * u"),
+    models.PaddedKeysAlone: ("packed_gradient", "not padded queries", "mask padded queries", "F.silu(self.uvqk("),
 }
 
 
