@@ -18,6 +18,7 @@ from hstu_compile.kv_cache import (
     MemoryStorage,
     PageLayout,
 )
+from hstu_compile.kv_cache.onload import AtOnce
 from hstu_compile.kv_cache.streams import Event, Streams
 
 LAYOUT = PageLayout(num_layers=3, num_heads=1, head_dim=2, page_size=16, dtype=torch.float32)
@@ -58,18 +59,6 @@ class LateEvent:
 
 def late_streams() -> Streams:
     return Streams(*(LateStream() for _ in range(4)))
-
-
-class Now(Executor):
-    """Runs what it is given at once."""
-
-    def submit(self, work, /, *args, **kwargs) -> Future:  # type: ignore[no-untyped-def]
-        future: Future = Future()
-        try:
-            future.set_result(work(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
 
 
 class Later(Executor):
@@ -188,7 +177,7 @@ def late_server(
     """A server on late streams, which evicts into a storage that is written when time passes."""
     writer = Later()
     host = (
-        HostKVStorageManager(storage, 1000, reader=reader or Now(), copier=Now(), writer=writer)
+        HostKVStorageManager(storage, 1000, reader=reader or AtOnce(), copier=AtOnce(), writer=writer)
         if storage is not None
         else None
     )

@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 from hstu_compile.kv_cache import CapacityError, HostKVStorageManager, Key, KVCache, PageLayout, StorageError
-from tests.kv_cache_steps import LAYOUT, Later, Now, PoisonedGpu, PoisonedMemory, Server, late_streams
+from hstu_compile.kv_cache.onload import AtOnce
+from tests.kv_cache_steps import LAYOUT, Later, PoisonedGpu, PoisonedMemory, Server, late_streams
 
 USERS, NUM_PAGES, MAX_BATCH, MAX_LEN = 4, 10, 2, 70
 
@@ -36,7 +37,7 @@ class Unreliable(PoisonedMemory):
         return super().read(key, layer, num_pages)
 
 
-class Reader(Now):
+class Reader(AtOnce):
     """Reads at once, or hangs until the test ends that."""
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class Traffic:
         if host_pages:
             self.storage = Unreliable(LAYOUT, host_pages)
             self.host = HostKVStorageManager(
-                self.storage, host_pages, reader=self.reader, copier=Now(), writer=self.writer
+                self.storage, host_pages, reader=self.reader, copier=AtOnce(), writer=self.writer
             )
         self.streams = late_streams()
         self.cache = KVCache(

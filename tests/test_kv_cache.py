@@ -18,8 +18,9 @@ from hstu_compile.kv_cache import (
     PageLayout,
 )
 from hstu_compile.kv_cache.layout import PAGE_SIZES
+from hstu_compile.kv_cache.onload import AtOnce
 from hstu_compile.kv_cache.streams import Done
-from tests.kv_cache_steps import LAYOUT, Later, Now, PoisonedMemory, Server, evict, late_server, tokens
+from tests.kv_cache_steps import LAYOUT, Later, PoisonedMemory, Server, evict, late_server, tokens
 
 PAGE = LAYOUT.page_size
 
@@ -210,7 +211,7 @@ def test_eviction_prefers_users_without_an_offload_in_flight() -> None:
 
 def test_host_memory_is_not_overwritten_before_it_is_loaded() -> None:
     """A user is on their way to the GPU while others fill the host."""
-    host = HostKVStorageManager(PoisonedMemory(LAYOUT, 4), 4, copier=Now(), writer=Later())
+    host = HostKVStorageManager(PoisonedMemory(LAYOUT, 4), 4, copier=AtOnce(), writer=Later())
     late = late_server(2)
     server = Server(KVCache(late.cache.gpu, host, max_batch_size=4, max_seq_len=64, streams=late.cache.streams))
     server.writer = host._writer  # type: ignore[assignment]

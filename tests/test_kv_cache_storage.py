@@ -20,7 +20,7 @@ from hstu_compile.kv_cache import (
     StorageError,
 )
 from hstu_compile.kv_cache.free_runs import FreeRuns
-from tests.kv_cache_steps import Now
+from hstu_compile.kv_cache.onload import AtOnce
 
 LAYOUT = PageLayout(num_layers=2, num_heads=2, head_dim=4, page_size=16, dtype=torch.bfloat16)
 A, B = Key("a", 1, 0), Key(7, "w", "e")
@@ -152,7 +152,7 @@ def test_a_restart_evicts_what_exceeds_the_capacity(tmp_path: Path) -> None:
     storage = DiskStorage(LAYOUT, tmp_path)
     append(storage, A, 0, 3)
     append(storage, B, 0, 3)
-    host = HostKVStorageManager(DiskStorage(LAYOUT, tmp_path), 4, reader=Now(), copier=Now(), writer=Now())
+    host = HostKVStorageManager(DiskStorage(LAYOUT, tmp_path), 4, reader=AtOnce(), copier=AtOnce(), writer=AtOnce())
     assert sorted([host.lookup(A), host.lookup(B)]) == [0, 3] and host.counters.evictions == 1
     assert len(list(tmp_path.rglob("*.kv"))) == 1
 

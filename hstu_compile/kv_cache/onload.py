@@ -73,7 +73,10 @@ class AtOnce(Executor):
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(work(*args, **kwargs))
+        try:
+            future.set_result(work(*args, **kwargs))
+        except BaseException as error:  # as a thread's, for whoever asks for the result
+            future.set_exception(error)
         return future
 
 

@@ -35,7 +35,7 @@ def silu_of_torch(x, LIBDEVICE: tl.constexpr):
     if LIBDEVICE:
         return tl.div_rn(x, 1.0 + libdevice.exp(-x))
     else:
-        return tl.div_rn(x, 1.0 + exp(-x))
+        return silu(0.5 * x, False)
 
 
 @triton.jit
