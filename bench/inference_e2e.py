@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row(shape, sizes, way, found, args.device))
                 if way.tier == "host":
                     rows[-1]["link_ms"] = link_ms(shape, sizes, args.device)
+            record(args.json, "model", rows)  # so far: all sizes take minutes
             advance()
     names = [", ".join(filter(None, (way.tier or "native", "graph" * way.cuda_graph))) for way in prepared]
     print("p50 / p99 of a request, ms (native's p50 over it)")
@@ -133,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             over = r["p50_ms"] / r["link_ms"]
             print(f"batch {r['batch']}, {r['cached']} tokens: the link alone takes {r['link_ms']:.2f} ms ({over:.2f}x)")
     print(ways.evicting.report())
-    record(args.json, "model", rows)
 
 
 if __name__ == "__main__":

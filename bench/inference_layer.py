@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for way, prepare in prepared.items():
                 found = latency(prepare, args.device, args.warm_up, args.rounds)
                 rows.append(row(shape, sizes, way, found, args.device))
+            record(args.json, "block", rows)  # so far: all sizes take minutes
             advance()
     names = [f"{way.implementation}{', graph' if way.cuda_graph else ''}" for way in prepared]
     print("p50 of a request, ms (ms of the GPU, native's p50 over it)")
     print(table(["batch", "tokens", "new", "candidates", *names], lines(rows)))
-    record(args.json, "block", rows)
 
 
 if __name__ == "__main__":
