@@ -29,7 +29,7 @@ def lanes(events: Iterable[Any]) -> list[tuple[str, list[list[float]]]]:
     begin = min(event.time_range.start for stream in found.values() for event in stream)
     named = []
     for stream in found.values():
-        times = [(e.time_range.start - begin, e.time_range.end - begin, "Memcpy HtoD" in e.name) for e in stream]
+        times = [(e.time_range.start - begin, e.time_range.end - begin, "copy_pages" in e.name) for e in stream]
         copies = sum(end - start for start, end, is_copy in times if is_copy)
         name = "onload" if copies > 0.5 * sum(end - start for start, end, _ in times) else "compute"
         named.append((name, joined((1e-3 * start, 1e-3 * end) for start, end, _ in times)))

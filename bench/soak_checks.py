@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bench.inference_problem import on
 from bench.soak_traffic import FailingMemory, Request
 from hstu_compile.kv_cache import Key, KVCache
+from hstu_compile.kv_cache.free_runs import pages_in
 from hstu_compile.serving import Answer, Engine
 from hstu_compile.verify import FORWARD, figures_of
 
@@ -93,11 +94,12 @@ class Ledger:
         assert isinstance(storage, FailingMemory)
         expect("users of the host with references", len(host._recency._references), 0)
         expect("pages waiting to be written", host._writing_pages, 0)
-        stored = [page for pages in storage._pages.values() for page in pages]
+        by_user = {key: pages_in(runs) for key, runs in storage._runs.items()}
+        stored = [page for pages in by_user.values() for page in pages]
         expect("pages of the storage", sorted([*stored, *storage._free]), list(range(storage.num_pages)))
         expect("pages counted by the host", host.num_pages, len(stored))
         counted = {key: pages.readable for key, pages in host._users.items()}
-        expect("pages by user", counted, {key: len(pages) for key, pages in storage._pages.items()})
+        expect("pages by user", counted, {key: len(pages) for key, pages in by_user.items()})
 
     def _key(self, user: int) -> Key:
         return Key(user, self.engine.version, self._epochs.get(user, 0))

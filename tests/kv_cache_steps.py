@@ -58,7 +58,7 @@ class LateEvent:
 
 
 def late_streams() -> Streams:
-    return Streams(*(LateStream() for _ in range(4)))
+    return Streams(*(LateStream() for _ in range(3)))
 
 
 class Later(Executor):
@@ -162,7 +162,7 @@ class Server:
     def time_passes(self) -> None:
         """All work is done, in whatever order it asks for, and taken notice of."""
         streams = self.cache.streams
-        for stream in (streams.offload, streams.arrivals, streams.onload, streams.compute):
+        for stream in (streams.offload, streams.onload, streams.compute):
             if isinstance(stream, LateStream):
                 stream.advance(len(stream.work))
         self.writer.run_all()

@@ -23,7 +23,7 @@ from paged_cases import (
     slice_of,
 )
 
-from hstu_compile.ops.kernels import append_kv, paged_attention_triton, paged_parts, silu_append_kv
+from hstu_compile.ops.kernels import append_kv, page_copies, paged_attention_triton, paged_parts, silu_append_kv
 from hstu_compile.ops.kernels.attention_triton_tiles import Tile
 from hstu_compile.ops.kernels.launch import Workspace
 from hstu_compile.ops.paged_reference import append_kv_reference
@@ -162,3 +162,14 @@ def test_silu_append_of_what_has_no_page(batch, pages):
     silu_append_kv.silu_append(x, pool, 30, 8, 3, 8, offsets, table, counts, None, None)
     assert_within_budget(x, eager, expected, FORWARD)
     assert pool.isnan().all()
+
+
+@pytest.mark.parametrize("words", [512, 66])
+def test_copy_pages(words: int) -> None:
+    """More pieces than programs, and a last one that is not whole; what lies beside the pages stays as it is."""
+    source, target = torch.arange(9 * words).view(9, words), torch.full((7, words), -1)
+    expected = target.clone()
+    expected[[6, 0, 3]] = source[[2, 8, 4]]
+    places = [[x[i].data_ptr() for i in at] for x, at in ((source, (2, 8, 4)), (target, (6, 0, 3)))]
+    page_copies.copy_pages(torch.tensor(places), 8 * words)
+    assert torch.equal(target, expected)

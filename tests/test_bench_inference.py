@@ -43,9 +43,9 @@ def test_lanes_of_a_timeline() -> None:
 
     events = [
         event("cudaLaunchKernel", 0, 0, 3000, DeviceType.CPU),
-        event("Memcpy HtoD (Pinned -> Device)", 7, 1000, 2000),
-        event("index_copy", 7, 2001, 2100),
-        event("Memcpy HtoD (Pinned -> Device)", 7, 2102, 3500),
+        event("Memcpy HtoD (Pinned -> Device)", 7, 1000, 1010),
+        event("copy_pages_kernel", 7, 1011, 2100),
+        event("copy_pages_kernel", 7, 2102, 3500),
         event("product_kernel", 9, 2200, 3000),
         event("product_kernel", 9, 3400, 4000),
     ]

@@ -140,17 +140,6 @@ def test_promise_5_nothing_is_copied_once_a_load_is_cancelled() -> None:
     assert not server.wrong
 
 
-def test_a_layer_arrives_where_an_earlier_one_has_left() -> None:
-    """Copies from the host are far ahead of what spreads their pages."""
-    server = late_server(4, PoisonedMemory(LAYOUT, 10))
-    server.step([1], [2 * PAGE])
-    evict(server)
-    assert server.step([1], [2 * PAGE]).tiers == ["host"]
-    server.cache.streams.arrivals.advance(10**9)  # type: ignore[attr-defined]
-    server.time_passes()
-    assert not server.wrong
-
-
 def test_promise_5_pages_behind_those_that_were_dropped_are_dropped() -> None:
     """Pages 2 and 3 are being written when page 0 turns out to be damaged."""
     storage = Failing(LAYOUT, 40)

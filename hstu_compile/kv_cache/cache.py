@@ -107,7 +107,7 @@ class KVCache:
                     cached[b] = stored[b] * self.gpu.layout.page_size
                     wanted.append((key, allocation.pages[b][: stored[b]]))
             if self.host is not None and wanted:
-                load = self.host.load(wanted, self.gpu.pools, self.streams.arrivals, self.streams.onload)
+                load = self.host.load(wanted, self.gpu.pools, self.streams.onload)
             self._batch = Batch(self, allocation, cached, tiers, load)
         except BaseException:
             if load is not None:

@@ -1,9 +1,13 @@
 """Free pages as runs of neighbours: what is taken together should lie together, and be copied at once."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 Run = tuple[int, int]  # the first page, and one behind the last
+
+
+def pages_in(runs: Iterable[Run]) -> list[int]:
+    return [page for begin, end in runs for page in range(begin, end)]
 
 
 class FreeRuns:
@@ -21,8 +25,7 @@ class FreeRuns:
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        for begin, end in self._ends.items():
-            yield from range(begin, end)
+        yield from pages_in(self._ends.items())
 
     def take(self, count: int) -> list[Run]:
         """So many pages, no more than are free: of the shortest run that has as many, else the longest ones whole."""

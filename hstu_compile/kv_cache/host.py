@@ -92,12 +92,10 @@ class HostKVStorageManager:
             self._recency.hold(key)
             self._recency.release(key)
 
-    def load(
-        self, wanted: Iterable[tuple[Key, array]], pools: Sequence[Tensor], arrivals: Stream, onload: Stream
-    ) -> LayerwiseLoad:
+    def load(self, wanted: Iterable[tuple[Key, array]], pools: Sequence[Tensor], onload: Stream) -> LayerwiseLoad:
         """Begin to copy the first pages of histories into these pages of the pools."""
         users = [Loaded(key, len(pages), pages) for key, pages in wanted]
-        load = LayerwiseLoad(self.storage, users, pools, arrivals, onload)
+        load = LayerwiseLoad(self.storage, users, pools, onload)
         for user in load.users:
             self._recency.hold(user.key)
         reading = Finished(self._reader.submit(load.run))

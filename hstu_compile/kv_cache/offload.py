@@ -9,9 +9,9 @@ from threading import Event as Flag
 from torch import Tensor
 
 from hstu_compile.kv_cache.layout import Key
-from hstu_compile.kv_cache.onload import indices
 from hstu_compile.kv_cache.storage import KVStorage
 from hstu_compile.kv_cache.streams import Done, Event, Stream
+from hstu_compile.ops.page_copies import store_pages
 
 log = logging.getLogger("hstu_compile")
 
@@ -79,12 +79,6 @@ class Offload:
         pages = array("i")
         for user in self.users:
             pages.extend(user.pages)
-        chosen = indices(pages, self._pools[0].device)
+        memory = [piece for user in self.users for piece in user.memory]
         for layer, pool in enumerate(self._pools):
-            gathered = pool.index_select(0, chosen)
-            first = 0
-            for user in self.users:
-                for memory in user.memory:
-                    count = memory.shape[1]
-                    memory[layer].copy_(gathered[first : first + count], non_blocking=True)
-                    first += count
+            store_pages(pool, pages, [piece[layer] for piece in memory])

@@ -9,16 +9,14 @@ from threading import Event as Flag
 from threading import Lock
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.storage import KVStorage, StorageError
 from hstu_compile.kv_cache.streams import Event, Stream
+from hstu_compile.ops.page_copies import addressable, load_pages
 
 log = logging.getLogger("hstu_compile")
-
-ROOMS = 2  # layers on their way at a time
 
 
 @dataclass
@@ -36,38 +34,6 @@ class Loaded:
         self.known = self.valid
 
 
-class Room:
-    """Where pages of a layer arrive in one piece, before they are spread to their places in the pool."""
-
-    def __init__(self) -> None:
-        self._arrived: Tensor | None = None  # of the first layer here, which has no fewer pages than later ones
-        self._pages = array("i")
-        self._places: Tensor
-
-    def arrive(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
-        """parts: of host memory, together as many pages."""
-        if self._arrived is None:
-            self._arrived = pool.new_empty(len(pages), *pool.shape[1:])
-        if self._pages != pages:  # a later layer's are seldom others
-            self._pages, self._places = pages, indices(pages, pool.device)
-        first = 0
-        for part in parts:
-            self._arrived[first : first + part.shape[0]].copy_(part, non_blocking=True)
-            first += part.shape[0]
-
-    def spread(self, pool: Tensor) -> None:
-        assert self._arrived is not None
-        if pool.is_cuda:  # made on another stream
-            for tensor in (self._arrived, self._places):
-                tensor.record_stream(torch.cuda.current_stream(pool.device))
-        _words(pool).index_copy_(0, self._places, _words(self._arrived[: len(self._places)]))
-
-
-def _words(pages: Tensor) -> Tensor:
-    """Pages as 64-bit words: fewer elements to find a place for."""
-    return pages.flatten(1).view(torch.int64)
-
-
 class AtOnce(Executor):
     """In place of a thread, for work that waits for nothing: two that take turns with the interpreter cost more."""
 
@@ -81,21 +47,15 @@ class AtOnce(Executor):
 
 
 class LayerwiseLoad:
-    """Reads each layer of all users, then has it copied on one stream and spread on another.
+    """Reads each layer of all users, then has it copied. As an event: no copy is under way, and none will be."""
 
-    So the copies of all layers follow each other without a gap. As an event: none is under way, and none will be.
-    """
-
-    def __init__(
-        self, storage: KVStorage, users: list[Loaded], pools: Sequence[Tensor], copies: Stream, stream: Stream
-    ) -> None:
+    def __init__(self, storage: KVStorage, users: list[Loaded], pools: Sequence[Tensor], stream: Stream) -> None:
         self.users = users
         self.bytes = 0
         self._storage = storage
         self._pools = pools
-        self._copies = copies
         self._stream = stream
-        self._rooms = [Room() for _ in range(ROOMS)]
+        self._read_from: list[Sequence[Tensor]] = []  # until it is copied
         self._lock = Lock()  # once cancelled, nothing is given to the stream and `users` does not change
         self._cancelled = False
         self._events: list[Event] = []
@@ -113,7 +73,6 @@ class LayerwiseLoad:
             log.warning("hstu_compile: a load into the KV cache failed", exc_info=True)
             self._fail_all(f"{type(error).__name__}: {error}")
         finally:
-            self._rooms.clear()
             for flag in self._given:
                 flag.set()
             self._ended.set()
@@ -164,27 +123,18 @@ class LayerwiseLoad:
             parts += self._read(user, layer)
             pages.extend(user.pages[: user.valid])
         if pool.is_cuda:
-            parts = [part if part.is_pinned() else part.pin_memory() for part in parts]
+            parts = [part if addressable(part) else part.contiguous().pin_memory() for part in parts]
         with self._lock:
             if self._cancelled:
                 return
             try:
                 if pages:
-                    self._give(layer, pages, parts)
+                    self._read_from.append(parts)
+                    self._stream.run(lambda: load_pages(pool, pages, parts))
             finally:
                 self._events.append(self._stream.record())
             self.bytes += sum(part.numel() * part.element_size() for part in parts)
         self._given[layer].set()
-
-    def _give(self, layer: int, pages: array, parts: Sequence[Tensor]) -> None:
-        pool, room = self._pools[layer], self._rooms[layer % ROOMS]
-        if layer >= ROOMS:
-            self._copies.wait(self._events[layer - ROOMS])  # the room is empty
-        try:
-            self._copies.run(lambda: room.arrive(pool, pages, parts))
-        finally:  # some copies may be under way if others failed
-            self._stream.wait(self._copies.record())
-        self._stream.run(lambda: room.spread(pool))
 
     def _read(self, user: Loaded, layer: int) -> Sequence[Tensor]:
         """The valid pages, after finding out which are."""
@@ -202,9 +152,3 @@ class LayerwiseLoad:
                 valid = error.valid_pages if isinstance(error, StorageError) else 0
                 self._fail(user, max(0, min(valid, user.valid - 1)), f"{type(error).__name__}: {error}")
         return ()
-
-
-def indices(pages: array, device: torch.device) -> Tensor:
-    """Page numbers on the device; the host does not wait for it."""
-    found = torch.frombuffer(pages, dtype=torch.int32).long()
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

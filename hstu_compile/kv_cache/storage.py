@@ -4,7 +4,6 @@ import math
 import mmap
 import weakref
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -100,8 +99,8 @@ class MemoryStorage(KVStorage):
             torch.cuda.check_error(cudart.cudaHostRegister(address, len(block), 0))
             self._unpin = weakref.finalize(self, cudart.cudaHostUnregister, address)
         self._free = FreeRuns(num_pages)
-        self._reserved: dict[Key, array] = {}
-        self._pages: dict[Key, array] = {}
+        self._reserved: dict[Key, list[Run]] = {}
+        self._runs: dict[Key, list[Run]] = {}
 
     def scan(self) -> Iterable[tuple[Key, int]]:
         return ()
@@ -110,21 +109,21 @@ class MemoryStorage(KVStorage):
         if num_pages > len(self._free):
             raise StorageError(f"MemoryStorage: {num_pages} pages are asked for, expected at most {len(self._free)}")
         runs = self._free.take(num_pages)
-        self._reserved[key] = array("q", (page for run in runs for page in range(*run)))
+        self._reserved[key] = runs
         return [self._memory[:, first:last] for first, last in runs]
 
     def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
-        self._pages[key] = self._pages.get(key, array("q")) + self._reserved.pop(key)
+        self._runs[key] = self._runs.get(key, []) + self._reserved.pop(key)
 
     def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
-        return [self._memory[layer, first:last] for first, last in _runs(self._pages[key][:num_pages])]
+        memory = self._memory[layer]
+        return [memory[first:last] for first, last in _split(self._runs[key], num_pages)[0]]
 
     def truncate(self, key: Key, num_pages: int) -> None:
-        pages = self._pages.pop(key, array("q"))
-        dropped = pages[num_pages:] + self._reserved.pop(key, array("q"))
-        if num_pages:
-            self._pages[key] = pages[:num_pages]
-        for run in _runs(dropped):
+        kept, dropped = _split(self._runs.pop(key, []), num_pages)
+        if kept:
+            self._runs[key] = kept
+        for run in dropped + self._reserved.pop(key, []):
             self._free.give(run)
 
     def close(self) -> None:
@@ -132,12 +131,13 @@ class MemoryStorage(KVStorage):
             self._unpin()
 
 
-def _runs(pages: Sequence[int]) -> list[Run]:
-    """Pages one behind the other in memory."""
-    runs: list[Run] = []
-    for page in pages:
-        if runs and runs[-1][1] == page:
-            runs[-1] = (runs[-1][0], page + 1)
-        else:
-            runs.append((page, page + 1))
-    return runs
+def _split(runs: Sequence[Run], num_pages: int) -> tuple[list[Run], list[Run]]:
+    """Their first pages, and the others."""
+    first: list[Run] = []
+    others: list[Run] = []
+    for begin, end in runs:
+        middle = min(begin + num_pages, end)
+        num_pages -= middle - begin
+        first += [(begin, middle)] if begin < middle else []
+        others += [(middle, end)] if middle < end else []
+    return first, others

@@ -102,15 +102,14 @@ class Streams:
     """The stream that computes, and those of what comes from the host and goes there."""
 
     compute: Stream
-    onload: Stream  # pages that have arrived are spread
+    onload: Stream
     offload: Stream
-    arrivals: Stream  # copies from the host
 
     @classmethod
     def on(cls, device: torch.device) -> "Streams":
         if device.type != "cuda":
-            return cls(*(PlainStream() for _ in range(4)))
-        return cls(CudaStream(device), *(CudaStream(device, torch.cuda.Stream(device)) for _ in range(3)))
+            return cls(*(PlainStream() for _ in range(3)))
+        return cls(CudaStream(device), *(CudaStream(device, torch.cuda.Stream(device)) for _ in range(2)))
 
 
 class InFlight:
