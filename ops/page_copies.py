@@ -49,7 +49,7 @@ def store_pages(pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
 def addressable(part: Tensor) -> bool:
     """Whether a GPU can read and write these pages where they are: pinned, aligned, each in one piece."""
     aligned = not (part.data_ptr() | _step(part)) % ALIGNMENT
-    return aligned and part[0].is_contiguous() and part.is_pinned()
+    return aligned and part[:1].is_contiguous() and part.is_pinned()
 
 
 def _by_kernel(pool: Tensor, parts: Sequence[Tensor]) -> bool:
