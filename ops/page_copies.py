@@ -17,33 +17,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes, of the addresses that the kernel copies
+ALIGNMENT = 16  # bytes, of what the kernel copies
 _memory: dict[Hashable, Any] = {}
 _lock = threading.Lock()  # pages are loaded and stored in threads of their own
 
 
-def load_pages(pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
-    """pool[pages] = the parts, one behind the other, in the order of the current stream.
+class PageCopies:
+    """Copies for one layer after the other; where pages lie goes to the GPU again only if it is elsewhere than before.
 
-    Args:
-        pool: [num_pages, ...], contiguous.
-        pages: numbers of pages, none twice.
-        parts: [n, ...] each, together as many pages, in host memory; they stay as they are until the copy is over.
+    That is their distances from the first one, which are the same where the layers' memory is laid out alike.
     """
-    if _by_kernel(pool, parts):
-        _copy(pool, _of_parts(parts), _of_pool(pool, pages))
-    else:
-        pool.index_copy_(0, _indices(pages, pool.device), torch.cat(list(parts)).to(pool.device))
 
+    def __init__(self) -> None:
+        self._distances: np.ndarray | None = None
+        self._on_device: Tensor
 
-def store_pages(pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
-    """The parts, one behind the other, = pool[pages], in the order of the current stream; arguments as `load_pages`."""
-    if _by_kernel(pool, parts):
-        _copy(pool, _of_pool(pool, pages), _of_parts(parts))
-    else:
-        found = pool.index_select(0, _indices(pages, pool.device))
-        for part, piece in zip(parts, found.split([part.shape[0] for part in parts]), strict=True):
-            part.copy_(piece, non_blocking=True)
+    def load(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
+        """pool[pages] = the parts, one behind the other, in the order of the current stream.
+
+        Args:
+            pool: [num_pages, ...], contiguous.
+            pages: numbers of pages, none twice.
+            parts: [n, ...] each, together as many pages, in host memory. What is `addressable` has to
+                stay as it is until the copy is over.
+        """
+        if _by_kernel(pool, parts):
+            self._copy(pool, parts[0], pool, _in_parts(parts), _in_pool(pool, pages))
+        else:
+            pool.index_copy_(0, _indices(pages, pool.device), torch.cat(list(parts)).to(pool.device))
+
+    def store(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
+        """The parts, one behind the other, = pool[pages]; arguments as in `load`."""
+        if _by_kernel(pool, parts):
+            self._copy(pool, pool, parts[0], _in_pool(pool, pages), _in_parts(parts))
+        else:
+            found = pool.index_select(0, _indices(pages, pool.device))
+            for part, piece in zip(parts, found.split([part.shape[0] for part in parts]), strict=True):
+                part.copy_(piece, non_blocking=True)
+
+    def _copy(self, pool: Tensor, source: Tensor, target: Tensor, *distances: np.ndarray) -> None:
+        both = np.stack(distances)
+        if self._distances is None or not np.array_equal(both, self._distances):
+            self._distances = both
+            self._on_device = torch.from_numpy(both).pin_memory().to(pool.device, non_blocking=True)
+        kernels = _kernels()
+        assert kernels is not None
+        with _lock:
+            kernels.copy_pages(self._on_device, source, target, _step(pool), _memory)
 
 
 def addressable(part: Tensor) -> bool:
@@ -63,26 +83,22 @@ def _kernels() -> ModuleType | None:
     return importlib.import_module("hstu_compile.ops.kernels.page_copies")
 
 
-def _copy(pool: Tensor, sources: np.ndarray, targets: np.ndarray) -> None:
-    addresses = torch.from_numpy(np.stack([sources, targets])).pin_memory().to(pool.device, non_blocking=True)
-    kernels = _kernels()
-    assert kernels is not None
-    with _lock:
-        kernels.copy_pages(addresses, _step(pool), _memory)
-
-
 def _step(pages: Tensor) -> int:
     """Bytes from page to page."""
     return pages.stride(0) * pages.element_size()
 
 
-def _of_parts(parts: Sequence[Tensor]) -> np.ndarray:
-    """Addresses, int64 [pages]."""
-    return np.concatenate([part.data_ptr() + _step(part) * np.arange(part.shape[0]) for part in parts])
+def _in_parts(parts: Sequence[Tensor]) -> np.ndarray:
+    """Bytes from the first page to each, int64 [pages]."""
+    counts = [part.shape[0] for part in parts]
+    starts = np.array([part.data_ptr() for part in parts])
+    within = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
+    return np.repeat(starts - starts[0], counts) + within * np.repeat([_step(part) for part in parts], counts)
 
 
-def _of_pool(pool: Tensor, pages: array) -> np.ndarray:
-    return pool.data_ptr() + _step(pool) * np.frombuffer(pages, dtype=np.int32).astype(np.int64)
+def _in_pool(pool: Tensor, pages: array) -> np.ndarray:
+    """Bytes from page 0 to each."""
+    return np.frombuffer(pages, dtype=np.int32).astype(np.int64) * _step(pool)
 
 
 def _indices(pages: array, device: torch.device) -> Tensor:

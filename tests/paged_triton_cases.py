@@ -170,6 +170,6 @@ def test_copy_pages(words: int) -> None:
     source, target = torch.arange(9 * words).view(9, words), torch.full((7, words), -1)
     expected = target.clone()
     expected[[6, 0, 3]] = source[[2, 8, 4]]
-    places = [[x[i].data_ptr() for i in at] for x, at in ((source, (2, 8, 4)), (target, (6, 0, 3)))]
-    page_copies.copy_pages(torch.tensor(places), 8 * words)
+    distances = 8 * words * torch.tensor([[2, 8, 4], [6, 0, 3]])
+    page_copies.copy_pages(distances, source, target, 8 * words)
     assert torch.equal(target, expected)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.storage import KVStorage
 from hstu_compile.kv_cache.streams import Done, Event, Stream
-from hstu_compile.ops.page_copies import store_pages
+from hstu_compile.ops.page_copies import PageCopies
 
 log = logging.getLogger("hstu_compile")
 
@@ -80,5 +80,6 @@ class Offload:
         for user in self.users:
             pages.extend(user.pages)
         memory = [piece for user in self.users for piece in user.memory]
+        copies = PageCopies()
         for layer, pool in enumerate(self._pools):
-            store_pages(pool, pages, [piece[layer] for piece in memory])
+            copies.store(pool, pages, [piece[layer] for piece in memory])

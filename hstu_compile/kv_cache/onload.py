@@ -14,7 +14,7 @@ from torch import Tensor
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.storage import KVStorage, StorageError
 from hstu_compile.kv_cache.streams import Event, Stream
-from hstu_compile.ops.page_copies import addressable, load_pages
+from hstu_compile.ops.page_copies import PageCopies, addressable
 
 log = logging.getLogger("hstu_compile")
 
@@ -55,7 +55,8 @@ class LayerwiseLoad:
         self._storage = storage
         self._pools = pools
         self._stream = stream
-        self._read_from: list[Sequence[Tensor]] = []  # until it is copied
+        self._copies = PageCopies()
+        self._pinned: list[Sequence[Tensor]] = []  # here, until they are copied
         self._lock = Lock()  # once cancelled, nothing is given to the stream and `users` does not change
         self._cancelled = False
         self._events: list[Event] = []
@@ -122,15 +123,15 @@ class LayerwiseLoad:
         for user in self.users:
             parts += self._read(user, layer)
             pages.extend(user.pages[: user.valid])
-        if pool.is_cuda:
+        if pool.is_cuda and not self._storage.reads_at_once:  # which are pinned
             parts = [part if addressable(part) else part.contiguous().pin_memory() for part in parts]
+            self._pinned.append(parts)
         with self._lock:
             if self._cancelled:
                 return
             try:
                 if pages:
-                    self._read_from.append(parts)
-                    self._stream.run(lambda: load_pages(pool, pages, parts))
+                    self._stream.run(lambda: self._copies.load(pool, pages, parts))
             finally:
                 self._events.append(self._stream.record())
             self.bytes += sum(part.numel() * part.element_size() for part in parts)
