@@ -7,6 +7,7 @@ part of a layer may be checkpointed, and recognisers see the layer.
 """
 
 import contextlib
+from traceback import format_list
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         new._rename(old.name)
         new.target = new.name
         new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    ends = getattr(gm, "compile_subgraph_reason", None)  # where, of the user's lines, and why (torch 2.11 and 2.13)
+    if ends is not None and ends.user_stack:
+        captured.graph.output_node().meta["stack_trace"] = "".join(format_list(ends.user_stack))
     captured.recompile()
     for node in captured.graph.nodes:
         if torch.Tag.inplace_view in getattr(node.target, "tags", ()) and node.args[0].op == "placeholder":

@@ -19,7 +19,7 @@ from hstu_compile.passes import apply, parts
 from hstu_compile.passes.contents import Content, withdraw
 from hstu_compile.passes.recompute import ROLES, SaveResults, cached_apart, recompute
 from hstu_compile.passes.recompute_budget import WithinBudget
-from hstu_compile.passes.report import Region, Report, source_line
+from hstu_compile.passes.report import UNKNOWN, Region, Report, source_line
 from hstu_compile.verify import verified_once
 
 log = logging.getLogger("hstu_compile")  # TORCH_LOGS="hstu_compile" and "+hstu_compile" turn it on
@@ -159,7 +159,7 @@ def _recomputed_roles(options: Options) -> set[str]:
 def where(gm: fx.GraphModule) -> str:
     """The first of the user's lines in a graph."""
     lines = (source_line(node) for node in gm.graph.nodes if node.op.startswith("call"))
-    return next((line for line in lines if line != "unknown source"), "unknown source")
+    return next((line for line in lines if line != UNKNOWN), UNKNOWN)
 
 
 def _judge(gm: fx.GraphModule, report: Report, options: Options) -> None:

@@ -16,7 +16,15 @@ from hstu_compile.ops import kernel_table
 from hstu_compile.passes.attention_drawbacks import drawback
 from hstu_compile.passes.attention_mask import MaskMeaning
 from hstu_compile.passes.attention_operands import JaggedLayout, Layout, find_region, find_unpadded
-from hstu_compile.passes.attention_scores import Misfit, find_chain, nonlinearity, read_chain, refuse_other_users
+from hstu_compile.passes.attention_scores import (
+    Misfit,
+    find_chain,
+    is_silu,
+    nonlinearity,
+    read_chain,
+    refuse_other_users,
+)
+from hstu_compile.passes.attention_softmax import instead_of
 from hstu_compile.passes.attention_weights import Weights, attn_bias, attn_mask, read_weights
 from hstu_compile.passes.axes import LAYOUT, Axes, Axis, Dims
 from hstu_compile.passes.graph import (
@@ -39,7 +47,7 @@ from hstu_compile.passes.jagged import read_offsets_at_their_source
 from hstu_compile.passes.mask_counts import counts, live_keys
 from hstu_compile.passes.mask_tile_states import with_tile_states
 from hstu_compile.passes.products import Labels, Product, as_product
-from hstu_compile.passes.report import Region, Report, source_line, spoken
+from hstu_compile.passes.report import MISSED, Region, Report, source_line, spoken
 
 NAME = "attention"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,9 +87,13 @@ def _find(second: Product) -> tuple[Layout, Weights] | None:
         first = as_product(chain[-1])
         if first is None or any(_is_weight(node) for node in (first.left, first.right, values)):
             continue
-        strange = nonlinearity(chain)
-        if strange is not None:
-            return _read(second, chain, labels, values, value_labels)
+        if nonlinearity(chain) is not None:
+            try:
+                return _read(second, chain, labels, values, value_labels)
+            except Misfit as misfit:
+                for product in (chain[-1], second.node):
+                    product.meta[MISSED] = source_line(misfit.node)
+                raise
     return None
 
 
@@ -99,7 +111,12 @@ def _read(second: Product, chain: list[fx.Node], labels: Labels, values: fx.Node
         for dim, (label, size) in enumerate(zip(names, shape(operand), strict=True)):
             if label and label not in by_label:
                 by_label[label] = Axis(size, [(operand, dim)])
-    scores = read_chain(chain, tuple((by_label[label],) for label in labels if label), axes)
+    dims = tuple((by_label[label],) for label in labels if label)
+    strange = nonlinearity(chain)
+    if strange is not None and not is_silu(strange):
+        change = instead_of(strange, chain, dims, axes, by_label[second.contracted])
+        raise Misfit(strange, f"{spoken(strange)}, not silu, turns scores into attention weights", change)
+    scores = read_chain(chain, dims, axes)
     region = find_region(axes, second, labels, values, value_labels, scores, by_label)
     refuse_other_users(scores, second.node)
     if value(second.node).dtype not in DTYPES:

@@ -32,11 +32,11 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.products import Product, as_product
-from hstu_compile.passes.report import spoken
+from hstu_compile.passes.report import UNKNOWN, source_line, spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
 
 LONGEST_CHAIN = 64
-ALONE = "return only what they are multiplied with; to look at them, compute them again elsewhere (same numbers)"
+ALONE = "only what is made of weights @ v; to look at the {}, compute them outside the compiled model (same numbers)"
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
 DIVIDE = {
@@ -117,7 +117,7 @@ def find_chain(weights: fx.Node) -> list[fx.Node] | None:
             best[node] = [node]
             return best[node]
         found = [chain for parent in _main_inputs(node) if (chain := search(parent, depth + 1))]
-        found.sort(key=lambda chain: not any(_is_silu(n) for n in chain))
+        found.sort(key=lambda chain: not any(is_silu(n) for n in chain))
         best[node] = [node, *found[0]] if found else None
         return best[node]
 
@@ -139,7 +139,7 @@ def _silu_argument(node: fx.Node) -> fx.Node | None:
     return found[1] if found is not None and found[0] == "silu" else None
 
 
-def _is_silu(node: fx.Node) -> bool:
+def is_silu(node: fx.Node) -> bool:
     return _silu_argument(node) is not None
 
 
@@ -147,16 +147,14 @@ def nonlinearity(chain: list[fx.Node]) -> fx.Node | None:
     """The first call of a chain that is neither linear nor layout: the silu, or what stands in its place."""
     linear = LAYOUT | MULTIPLY | DIVIDE | ADD | SUBTRACT | FILL | WHERE | TRIANGLE
     linear |= {aten.dropout.default, aten.neg.default}
-    strange = [n for n in chain[:-1] if _is_silu(n) or not (is_call(n, *linear) or is_cast(n))]
-    return next(iter(sorted(strange, key=lambda n: not _is_silu(n))), None)
+    strange = [n for n in chain[:-1] if is_silu(n) or not (is_call(n, *linear) or is_cast(n))]
+    return next(iter(sorted(strange, key=lambda n: not is_silu(n))), None)
 
 
 def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
     """Interpret the chain, whose first node holds `dims`. Raises Misfit at the first call that is not understood."""
-    product, strange = as_product(chain[-1]), nonlinearity(chain)
-    assert product is not None and strange is not None
-    if not _is_silu(strange):
-        raise Misfit(strange, f"{spoken(strange)}, not silu, turns scores into attention weights", _instead_of(strange))
+    product = as_product(chain[-1])
+    assert product is not None
     scores = Scores(product)
     for node, main in zip(chain[:-1], chain[1:], strict=True):
         scores.dims_of[node] = dims
@@ -179,7 +177,7 @@ def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
                     "dropout on the attention weights",
                     "leave it out; after norm and gate it is fused (another model in training, the same in eval)",
                 )
-        elif _is_silu(node):
+        elif is_silu(node):
             if scores.silu is not None:
                 raise Misfit(node, "a second silu between scores and weights")
             scores.silu = node
@@ -198,9 +196,9 @@ def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
 
 def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None:
     before_silu = scores.silu is not None  # the chain is read backwards
-    selected = _selection(node, main)
-    scaled = _scaling(node, main)
-    added = _addition(node, main)
+    selected = selection(node, main)
+    scaled = scaling(node, main)
+    added = addition(node, main)
     if selected is not None:
         mask, fill, acts = selected
         if fill is None:
@@ -269,7 +267,7 @@ def _add(other: Any, scale: float, dims: Dims, scores: Scores) -> None:
     scores.biases.append(bias)
 
 
-def _scaling(node: fx.Node, main: fx.Node) -> tuple[Any, Literal["multiplies", "divides"]] | None:
+def scaling(node: fx.Node, main: fx.Node) -> tuple[Any, Literal["multiplies", "divides"]] | None:
     if is_call(node, aten.neg.default):
         return -1, "multiplies"
     if is_call(node, *MULTIPLY) and node.args[0] is not node.args[1]:
@@ -279,7 +277,7 @@ def _scaling(node: fx.Node, main: fx.Node) -> tuple[Any, Literal["multiplies", "
     return None
 
 
-def _addition(node: fx.Node, main: fx.Node) -> tuple[Any, float] | None:
+def addition(node: fx.Node, main: fx.Node) -> tuple[Any, float] | None:
     if not is_call(node, *ADD, *SUBTRACT) or node.args[0] is node.args[1]:
         return None
     alpha = argument(node, 2, "alpha", 1)
@@ -290,7 +288,7 @@ def _addition(node: fx.Node, main: fx.Node) -> tuple[Any, float] | None:
     return (node.args[0], 1) if is_call(node, *ADD) and alpha == 1 else None
 
 
-def _selection(node: fx.Node, main: fx.Node) -> tuple[fx.Node, float | None, Literal["keeps", "drops"]] | None:
+def selection(node: fx.Node, main: fx.Node) -> tuple[fx.Node, float | None, Literal["keeps", "drops"]] | None:
     """The mask, the value of the cells that are not selected (None if unknown), and which cells those are."""
     args: tuple[Any, ...] = node.args
     if is_call(node, *FILL) and args[0] is main:
@@ -310,21 +308,16 @@ def refuse_other_users(scores: Scores, second: fx.Node) -> None:
     """Raises Misfit if somebody outside the region reads the scores or the weights."""
     for node in scores.dims_of:
         for user in node.users:
+            if user in scores.dims_of or user is second or reads_only_metadata(user):
+                continue
+            name = _name(scores, node)
             if user.op == "output":
-                raise Misfit(node, f"the attention {_name(scores, node)} are returned", ALONE)
-            if user is not second and user not in scores.dims_of and not reads_only_metadata(user):
-                raise Misfit(user, f"the attention {_name(scores, node)} are used here too", ALONE)
+                line = source_line(user)
+                at = "" if line == UNKNOWN else f" at {line}"
+                raise Misfit(node, f"the attention {name} leave the graph{at}", f"return {ALONE.format(name)}")
+            raise Misfit(user, f"the attention {name} are used here too", f"use {ALONE.format(name)}")
 
 
 def _name(scores: Scores, node: fx.Node) -> str:
     from_weights_on = list(scores.dims_of)
     return "weights" if node in from_weights_on[: from_weights_on.index(scores.silu) + 1] else "scores"  # type: ignore
-
-
-def _instead_of(strange: fx.Node) -> str:
-    if is_call(strange, aten.softmax.int, aten._softmax.default):
-        return (
-            "leave softmax to F.scaled_dot_product_attention, with your scale and your mask in floats (same numbers), "
-            "or write F.silu(scores) / N * mask (another model)"
-        )
-    return "F.silu(scores) is what HSTU has (another model); other activations are left to Inductor"

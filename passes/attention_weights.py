@@ -48,11 +48,11 @@ def read_weights(layout: Layout) -> Weights:
         is_mask = is_tensor(term.node) and term.role != "divides" and not may_require_grad(term.node)
         if by_row and by_column:
             if not is_mask:
-                why = "a divisor" if term.role == "divides" else "a factor that needs a gradient"
-                change = "factors of a query, a key or a head are fused, and 0/1 masks (another model; or leave yours)"
-                raise Misfit(
-                    term.node, f"the attention weights have {why} of its own for each (query, key) pair", change
-                )
+                divides = term.role == "divides"
+                why = "a divisor" if divides else "a factor that needs a gradient"
+                reason = f"the attention weights have {why} of its own for each (query, key) pair"
+                fused = f"{'divide' if divides else 'multiply'} by one number per {_fitting(region, term)}"
+                raise Misfit(term.node, reason, f"leave it as it is, not fused; or {fused} (another model)")
             cells.append(term)
         elif is_mask and (by_row or by_column):
             (columns if by_column else rows).append(term)
@@ -72,6 +72,17 @@ def _varies(region: Region, term: Term) -> tuple[bool, bool]:
     held = flat(region.axes.resolve(term.dims))
     rows, columns = region.axes.resolve(((region.row,), (region.column,)))
     return any(axis in held for axis in rows), any(axis in held for axis in columns)
+
+
+def _fitting(region: Region, term: Term) -> str:
+    """What factors that are fused vary over, and their shapes where this one stands."""
+    names = _names(region, term.around)
+    shapes = []
+    for what, letter, size in (("query", "i", "N"), ("key", "j", "N"), ("head", "h", "H")):
+        if letter in names:
+            ones = ["1"] * len(names[names.index(letter) + 1 :])
+            shapes.append(f"{what} [{', '.join([size, *ones])}]")
+    return " or ".join(shapes)
 
 
 def _identify(layout: Layout, weights: Weights, cells: list[Term], rows: list[Term], columns: list[Term]) -> None:

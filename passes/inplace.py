@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from hstu_compile.passes.graph import Size, aten, insert_call, same, value
+from hstu_compile.passes.report import spoken
 
 
 def make_out_of_place(gm: fx.GraphModule) -> int:
@@ -21,7 +22,7 @@ def make_out_of_place(gm: fx.GraphModule) -> int:
     storages = {node: _storages(node) for node in nodes}  # of the trace, where nothing is rewritten yet
     rewritten = 0
     for node in nodes:
-        twin = _twin(node)
+        twin = twin_of(node)
         if twin is None:
             continue
         aliases = [n for n in nodes[: order[node]] if storages[n] & storages[node]]
@@ -50,6 +51,11 @@ def _replace(node: fx.Node, twin: torch._ops.OpOverload, order: dict[fx.Node, in
     return True
 
 
+def as_copy(call: fx.Node) -> str:
+    """What to write instead of a call that writes in place."""
+    return f"write into a copy: assign what {spoken(call).rstrip('_')} returns (same numbers)"
+
+
 def _order_in_memory(tensor: torch.Tensor) -> list[int] | None:
     """The dimensions from the outermost to the innermost; None if the tensor has gaps or overlaps."""
     for order in itertools.permutations(range(tensor.dim())):
@@ -76,7 +82,7 @@ def _arrange_in_memory(node: fx.Node, dims: list[int]) -> list[fx.Node]:
     return [moved, copied, result]
 
 
-def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
+def twin_of(node: fx.Node) -> torch._ops.OpOverload | None:
     """aten.add.Tensor for aten.add_.Tensor, aten.__and__ for aten.__iand__: the same arguments, nothing written."""
     op = node.target
     if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and op._schema.name.endswith("_")):

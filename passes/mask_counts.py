@@ -36,7 +36,27 @@ def live_keys(layout: Layout, meaning: MaskMeaning) -> list[Term]:
     place = insert_call(before.graph, before, aten.arange.default, (layout.max_seq_len,), kwargs, like=before)
     ends = insert_call(before.graph, before, aten.unsqueeze.default, (lengths, 1), like=before)
     live = insert_call(before.graph, before, aten.lt.Tensor, (place, ends), like=before)
+    if line := _mask_of(layout, meaning).meta.get("stack_trace"):
+        live.meta["stack_trace"] = line  # of the mask: the one to speak of
     return [Term(live, (layout.batch, (region.column,)), "keeps")]
+
+
+def _mask_of(layout: Layout, meaning: MaskMeaning) -> fx.Node:
+    """The mask that is made of the lengths."""
+    scores = layout.region.scores
+    masks = [term.node for term in (*scores.masks, *scores.weights) if term.role != "divides"]
+    masks += [bias.node for bias in scores.biases]
+    return next((mask for mask in masks if meaning.seq_lengths in _behind(mask)), layout.region.before)
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """All that it is made of."""
+    seen, todo = {node}, [node]
+    while todo:
+        new = set(todo.pop().all_input_nodes) - seen
+        seen |= new
+        todo += new
+    return seen
 
 
 def _flat(count: fx.Node | None, before: fx.Node) -> fx.Node | None:

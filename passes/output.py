@@ -33,6 +33,7 @@ from hstu_compile.passes.graph import (
     value,
     writes_to,
 )
+from hstu_compile.passes.inplace import as_copy
 from hstu_compile.passes.norm import Norm, as_norm
 from hstu_compile.passes.report import Misfit, Region, Report, source_line, spoken
 from hstu_compile.passes.zero_one import is_zero_or_one
@@ -81,7 +82,8 @@ def run(gm: fx.GraphModule, report: Report) -> int:
                     fused += 1
             except Misfit as misfit:
                 missed.add(product)
-                report.add(Region(NAME, what, source_line(product), misfit.reason, change=misfit.change))
+                where = source_line(product)
+                report.add(Region(NAME, what, where, misfit.reason, change=misfit.change, culprit=misfit.culprit))
     report.regions += unknown_norm.find(gm.graph, missed, NAME)
     return fused
 
@@ -329,11 +331,8 @@ def _check_region(gate: Gate) -> None:
             continue
         for node in nodes[nodes.index(operand) + 1 : last]:  # the op reads its operands where the region ends
             if writes_to(node, operand):
-                written = spoken(node)
-                raise Misfit(
-                    f"{name}, or memory that it shares, is written in place by {written} at {source_line(node)}",
-                    f"write into a copy: assign what {written.rstrip('_')} returns (same numbers)",
-                )
+                written = f"written in place by {spoken(node)} at {source_line(node)}"
+                raise Misfit(f"{name}, or memory that it shares, is {written}", as_copy(node), culprit=node)
 
 
 def _in_words(gate: Gate) -> str:

@@ -18,15 +18,18 @@ from torch import fx
 from hstu_compile.ops.hstu_attention import ATTN_MASK, MASK_TILE_STATES
 from hstu_compile.ops.packed_slices import as_arguments
 from hstu_compile.passes import packed_gate
+from hstu_compile.passes.attention_scores import DIVIDE, MULTIPLY
 from hstu_compile.passes.axes import RESHAPES
 from hstu_compile.passes.graph import (
     aten,
     erase_dead,
     insert_call,
     is_call,
+    is_cast,
     is_pure,
     is_tensor,
     may_require_grad,
+    number,
     reads_only_metadata,
     real_users,
     same,
@@ -34,9 +37,10 @@ from hstu_compile.passes.graph import (
     shape,
     value,
 )
+from hstu_compile.passes.inplace import as_copy, twin_of
 from hstu_compile.passes.packed_columns import behind, between, columns_of, is_view, silu_between
 from hstu_compile.passes.packed_gate import Part, refuse_writes
-from hstu_compile.passes.report import Misfit, Region, Report, source_line, spoken
+from hstu_compile.passes.report import Misfit, Region, Report, identity, source_line, spoken
 
 NAME = "packed_gradient"
 WHAT = "one gradient through {} -> attention"
@@ -130,12 +134,25 @@ def _report_changed(report: Report, attention: fx.Node, x: fx.Node, role: str, w
     *_, made = behind(attention.args["qkv".index(role)])  # type: ignore[arg-type]
     if may_require_grad(x) and any(x in behind(node) for node in made.all_input_nodes):
         reason = f"{role} is changed between the split and the attention: {spoken(made)} at {source_line(made)}"
-        change = f"take {role} as the split gives it; a constant factor fits on the scores, before silu (same numbers)"
-        tensors = filter(is_tensor, made.all_input_nodes)
-        if is_call(made, aten.mul.Tensor) and any(value(n).dtype == torch.bool for n in tensors):
-            reason = f"the mask clears padded keys (a factor of {role}), but not padded queries"
-            change = "mask padded queries as well as padded keys (padded rows change, no others)"
-        report.add(Region(NAME, WHAT.format("slices"), where, reason, change=change))
+        change = _instead_of(made, role)
+        masks = [n for n in made.all_input_nodes if is_tensor(n) and value(n).dtype == torch.bool]
+        if is_call(made, aten.mul.Tensor) and masks:
+            *_, mask = behind(masks[0])
+            reason = f"the mask clears padded keys, but not padded queries; it is made at {source_line(mask)}"
+            change = "mask padded queries as well as padded keys (output rows of padded tokens change, no others)"
+        what, culprit = WHAT.format("slices"), identity(made)
+        report.add(Region(NAME, what, where, reason, change=change, culprit=culprit, removes_culprit=True))
+
+
+def _instead_of(made: fx.Node, role: str) -> str:
+    """The change where q, k or v is not what the split gives, but made of it."""
+    twin = twin_of(made)
+    if (twin or made.target) not in MULTIPLY | DIVIDE or number(made.args[1]) is None:
+        effect = "same numbers up to rounding" if is_cast(made) else "another model; or leave yours"
+        return f"take {role} as the split gives it ({effect})"
+    if role == "v":
+        return "move the constant factor to the attention weights, after silu (same numbers)"
+    return as_copy(made) if twin else "move the constant factor to the scores, before silu (same numbers)"
 
 
 def _first(attention: fx.Node, candidates: list[fx.Node]) -> Packed:

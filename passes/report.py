@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -18,13 +18,18 @@ COSTS = {
     "uvqk": "the recompute options leave this layer as it is",
 }
 
+UNKNOWN = "unknown source"
+MISSED = "hstu_compile_missed"  # in the meta of both products of an attention that is not fused: the line it is at
+
 
 class Misfit(Exception):
-    """The first thing that did not fit, in words, and what would."""
+    """The first thing that did not fit, in words, and what would; the call that is in the way, if it may be in that of
+    other passes too."""
 
-    def __init__(self, reason: str, change: str | None = None):
+    def __init__(self, reason: str, change: str | None = None, culprit: fx.Node | None = None):
         super().__init__(reason)
         self.reason, self.change = reason, change
+        self.culprit = None if culprit is None else identity(culprit)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Region:
     rewritten: bool = True  # False where recognising is all: the graph stays, and Inductor compiles it
     slower: str | None = None  # of a fused region: what keeps it from being as fast as others
     change: str | None = None  # what to write, so that it fits or is faster
+    culprit: str | None = None  # the `identity` of the call that is in the way,
+    removes_culprit: bool = False  # which the change takes out, for every pass that it is in the way of
 
     @property
     def verdict(self) -> str:
@@ -106,8 +113,16 @@ class Report:
     def _with(self, verdict: str, pass_name: str | None) -> list[Region]:
         return [r for r in self.regions if r.verdict == verdict and pass_name in (None, r.pass_name)]
 
+    def _with_shared_change(self, region: Region) -> Region:
+        """Where the change for another pass takes out what is in the way here too, it is named here."""
+        for other in self.regions:
+            if other.removes_culprit and other.culprit == region.culprit and other.change != region.change:
+                shared = f"the change under {other.pass_name}, which cures this too"
+                return replace(region, change=f"{region.change}; or {shared}" if region.change else shared)
+        return region
+
     def __str__(self) -> str:
-        regions = sorted(self.regions, key=lambda region: region.rank)
+        regions = sorted(map(self._with_shared_change, self.regions), key=lambda region: region.rank)
         return (
             "\n".join([*once_each(map(str, regions)), *map(str, self.recomputed)])
             or "nothing in this graph looked like a part of an HSTU layer"
@@ -134,7 +149,12 @@ def source_line(node: fx.Node) -> str:
             if "/torch/" not in path:
                 code = lines[i + 1].strip() if i + 1 < len(lines) else ""
                 return f"{path}:{number}: {code}"
-    return "unknown source"
+    return UNKNOWN
+
+
+def identity(node: fx.Node) -> str:
+    """Tells a call from all others of a model, also of its own line."""
+    return f"{node.name} at {source_line(node)}"
 
 
 def spoken(node: fx.Node) -> str:

@@ -26,7 +26,7 @@ from hstu_compile.passes.graph import (
     value,
 )
 from hstu_compile.passes.norm import Norm, as_norm
-from hstu_compile.passes.report import Region, Report, source_line, spoken
+from hstu_compile.passes.report import MISSED, Region, Report, identity, source_line, spoken
 
 NAME = "uvqk"
 ROLE = "hstu_compile_role"
@@ -73,7 +73,8 @@ def run(gm: fx.GraphModule, report: Report) -> int:
         norm = as_norm(source)
         words, where = _in_words(norm, flows, order), source_line(next(iter(flows)))
         if not roles >= {"q", "k", "v"}:
-            report.add(Region(NAME, words, where, reason=_lost(flows, {"q", "k", "v"} - roles)))
+            reason, change, culprit = _lost(flows, {"q", "k", "v"} - roles)
+            report.add(Region(NAME, words, where, reason, change=change, culprit=culprit))
             continue
         _tag(norm, flows, layer=found)
         report.add(Region(NAME, words, where, kernel="cuBLAS and Inductor", rewritten=False))
@@ -81,11 +82,17 @@ def run(gm: fx.GraphModule, report: Report) -> int:
     return found
 
 
-def _lost(flows: dict[fx.Node, Flow], roles: set[str]) -> str:
-    """Why the slices for these roles were not found."""
+def _lost(flows: dict[fx.Node, Flow], roles: set[str]) -> tuple[str, str | None, str | None]:
+    """Why the slices for these roles were not found, a change, and the call that is in the way, if it is one alone."""
     reason = f"no HSTU attention was found that takes its {', '.join(sorted(roles))}"
-    ends = [end for flow in flows.values() for end in flow.ends]
-    return f"{reason}; last seen in {spoken(ends[0])} at {source_line(ends[0])}" if ends else reason
+    ends = list(dict.fromkeys(end for flow in flows.values() for end in flow.ends))
+    if not ends:
+        return reason, None, None
+    missed = next((end.meta[MISSED] for end in ends if MISSED in end.meta), None)
+    if missed is not None:
+        return reason, f"follows from attention, and is recognised once that is fused, at {missed}", None
+    culprit = identity(ends[0]) if len(ends) == 1 else None
+    return f"{reason}; last seen in {spoken(ends[0])} at {source_line(ends[0])}", None, culprit
 
 
 def _input(projection: fx.Node) -> fx.Node:

@@ -139,7 +139,7 @@ MISSES = {
     "second nonlinearity": "tanh",
     "minus infinity": "masked with -inf before silu",
     "dropout": "dropout on the attention weights",
-    "scores returned": "the attention scores are returned",
+    "scores returned": "the attention scores leave the graph",
     "learned mask": "needs a gradient",
     "half masked before silu": "multiplied by a tensor over rows and columns before silu",
     "added after silu": "something is added to the attention weights",

@@ -1,5 +1,6 @@
 """What explain says to the author of a layer that is not fused, or not as fast as it could be."""
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ def explain(layer: nn.Module, lengths: torch.Tensor = LENGTHS) -> Explanation:
 
 # The layer; which pass missed; words of what was seen, of what to write, and of the line that is in the way.
 MISSED = {
-    models.Softmax: ("attention", "softmax, not silu", "F.silu(scores)", "return torch.softmax("),
+    models.Softmax: ("attention", "softmax, not silu", "weights = F.silu(scores)", "return torch.softmax("),
     models.MinusInfinity: ("attention", "which gives NaN", "F.silu(scores) * mask", 'float("-inf")'),
     models.AttentionDropout: (
         "attention",
@@ -36,19 +37,31 @@ MISSED = {
     models.DivisorOfPairs: (
         "attention",
         "a divisor of its own for each (query, key) pair",
-        "factors of a query",
+        "divide by one number per query [N, 1] or key [N] or head [H, 1, 1]",
         "(1 + (place[:, None]",
     ),
     models.WeightsReturned: (
         "attention",
-        "weights are returned",
-        "compute them again",
+        "weights leave the graph",
+        "return only what is made of weights @ v; to look at the weights, compute them outside",
         "F.silu(scores) / self.longest * mask",
     ),
     models.WrittenInPlace: ("output", "written in place by mul_", "into a copy", "self.out_norm(a) * u"),
     models.NormOverTokens: ("output", "stands layer_norm", "features of a token", "F.dropout(a * u"),
     models.NoNorm: ("output", "there is no norm", "features of a token", "F.dropout(a * u"),
-    models.PaddedKeysAlone: ("packed_gradient", "not padded queries", "mask padded queries", "F.silu(self.uvqk("),
+    models.PaddedKeysAlone: (
+        "packed_gradient",
+        "not padded queries",
+        "mask padded queries as well as padded keys (output rows of padded tokens change",
+        "F.silu(self.uvqk(",
+    ),
+}
+
+# Where what is in the way is not at the line of the region: that line.
+IN_THE_WAY = {
+    models.WeightsReturned: "leave the graph at {}: return self.out(self.gated(a, u)) + x, weights",
+    models.WrittenInPlace: "written in place by mul_ at {}: q.mul_(0.5)",
+    models.PaddedKeysAlone: "it is made at {}: return ((place[:, None] >= place) & (place < lengths[:, None, None]))[",
 }
 
 
@@ -65,11 +78,80 @@ def test_a_miss(kind: type[nn.Module]) -> None:
     assert f"cost: {COSTS[pass_name]}" in text
 
 
+@pytest.mark.parametrize("kind", IN_THE_WAY, ids=lambda kind: kind.__name__)
+def test_the_line_of_what_is_in_the_way(kind: type[nn.Module]) -> None:
+    pass_name, *_ = MISSED[kind]
+    (report,) = explain(kind()).reports
+    (miss,) = report.missed(pass_name)
+    before, after = IN_THE_WAY[kind].split("{}")
+    _, found, line = (miss.reason or "").partition(before)
+    assert found and re.match(rf"\S*hard_to_fuse.py:\d+{re.escape(after)}", line), miss.reason
+
+
+def test_what_leaves_the_graph_where_it_breaks() -> None:
+    class Broken(models.Layer):
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            u, a, weights = self.attend(x, lengths)
+            torch._dynamo.graph_break()
+            return self.out(self.gated(a, u)) + x + weights.sum()
+
+    (miss,) = explain(Broken()).reports[0].missed("attention")
+    assert "leave the graph at " in (miss.reason or "") and "torch._dynamo.graph_break()" in (miss.reason or "")
+
+
+def entries(explanation: Explanation) -> dict[str, str]:
+    """The text about each pass, up to the next."""
+    texts = re.split(r"\n  (?=\S)", str(explanation))
+    return {text.split()[2].rstrip(":"): text for text in texts if text.startswith("not fused")}
+
+
+def test_what_follows_from_another_miss_says_so() -> None:
+    told = entries(explain(models.Softmax()))
+    assert "follows from attention, and is recognised once that is fused, at " in told["uvqk"]
+    assert "return torch.softmax(" in told["uvqk"] and "last seen" not in told["uvqk"]
+
+
+class ScaledInPlace(models.Layer):
+    """By something learned: not a constant, which a copy would be enough for."""
+
+    def __init__(self, scaled: str) -> None:
+        super().__init__()
+        self.scaled, self.scale = scaled, nn.Parameter(torch.ones(16))
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = nn.functional.silu(self.uvqk(self.norm(x))).unflatten(-1, (4, -1))
+        parts = {name: y[..., i, :] for i, name in enumerate("uvqk")}
+        for name in self.scaled:
+            parts[name].mul_(self.scale)
+        return parts["u"], *(parts[name].view(*x.shape[:2], self.heads, -1) for name in "vqk")
+
+
+def test_a_change_that_takes_out_what_is_in_the_way_of_several() -> None:
+    told = entries(explain(ScaledInPlace("q")))
+    shared = "the change under packed_gradient, which cures this too"
+    assert "change: take q as the split gives it (another model" in told["packed_gradient"]
+    assert f"(same numbers); or {shared}" in told["output"] and f"change: {shared}" in told["uvqk"]
+    assert "cures this too" not in told["packed_gradient"]
+
+
+def test_a_change_that_takes_out_another_call_is_not_shared() -> None:
+    told = entries(explain(ScaledInPlace("kq")))
+    assert "written in place by mul_" in told["output"] and "q is changed" in told["packed_gradient"]
+    assert "last seen in mul_" in told["uvqk"] and "under packed_gradient" not in told["output"] + told["uvqk"]
+
+
+def test_one_change_in_all_entries() -> None:
+    told = entries(explain(models.WrittenInPlace()))
+    copy = "change: write into a copy: assign what mul returns (same numbers)\n"
+    assert copy in told["output"] and copy in told["packed_gradient"]
+    assert "change: the change under packed_gradient, which cures this too" in told["uvqk"]
+
+
 def test_what_is_changed_between_split_and_attention() -> None:
     (report,) = explain(models.WrittenInPlace()).reports
     (miss,) = report.missed("packed_gradient")
     assert "q is changed between the split and the attention: mul_" in (miss.reason or "")
-    assert "q.mul_(0.5)" in (miss.reason or "") and "take q as the split gives it" in (miss.change or "")
+    assert "q.mul_(0.5)" in (miss.reason or "") and "assign what mul returns" in (miss.change or "")
     (miss,) = report.missed("uvqk")
     assert "found that takes its q" in (miss.reason or "") and "q.mul_(0.5)" in (miss.reason or "")
 
