@@ -23,57 +23,58 @@ _lock = threading.Lock()  # pages are loaded and stored in threads of their own
 
 
 class PageCopies:
-    """Copies for one layer after the other; where pages lie goes to the GPU again only if it is elsewhere than before.
+    """Copies of pages, layer by layer, between host memory that is laid out alike in every layer and a pool each.
 
-    That is their distances from the first one, which are the same where the layers' memory is laid out alike.
+    So the host finds out once where pages lie, and sends it to the GPU once.
+
+    Args:
+        pages: numbers of pages of a pool, none twice.
+        parts: [num_layers, n, ...] each, together as many pages, in host memory.
     """
 
-    def __init__(self) -> None:
-        self._distances: np.ndarray | None = None
-        self._on_device: Tensor
+    def __init__(self, pages: array, parts: Sequence[Tensor]) -> None:
+        self._pages = np.frombuffer(pages, dtype=np.int32).astype(np.int64)
+        self._parts = parts  # keeps what the kernel copies
+        alike = len({part.stride(0) for part in parts}) == 1 or parts[0].shape[0] == 1
+        self._by_kernel = alike and all(map(addressable, parts)) and _kernels() is not None
+        self._distances: Tensor | None = None  # on the GPU
 
-    def load(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
-        """pool[pages] = the parts, one behind the other, in the order of the current stream.
-
-        Args:
-            pool: [num_pages, ...], contiguous.
-            pages: numbers of pages, none twice.
-            parts: [n, ...] each, together as many pages, in host memory. What is `addressable` has to
-                stay as it is until the copy is over.
-        """
-        if _by_kernel(pool, parts):
-            self._copy(pool, parts[0], pool, _in_parts(parts), _in_pool(pool, pages))
+    def load(self, pool: Tensor, layer: int) -> None:
+        """pool[pages] = the parts' layer, one behind the other, in the order of the current stream."""
+        if self._by_kernel and pool.is_cuda:
+            self._copy(pool, self._parts[0][layer], pool, into_pool=True)
         else:
-            pool.index_copy_(0, _indices(pages, pool.device), torch.cat(list(parts)).to(pool.device))
+            pool.index_copy_(0, self._indices(pool), torch.cat([part[layer] for part in self._parts]).to(pool.device))
 
-    def store(self, pool: Tensor, pages: array, parts: Sequence[Tensor]) -> None:
-        """The parts, one behind the other, = pool[pages]; arguments as in `load`."""
-        if _by_kernel(pool, parts):
-            self._copy(pool, pool, parts[0], _in_pool(pool, pages), _in_parts(parts))
+    def store(self, pool: Tensor, layer: int) -> None:
+        """The parts' layer, one behind the other, = pool[pages], in the order of the current stream."""
+        if self._by_kernel and pool.is_cuda:
+            self._copy(pool, pool, self._parts[0][layer], into_pool=False)
         else:
-            found = pool.index_select(0, _indices(pages, pool.device))
-            for part, piece in zip(parts, found.split([part.shape[0] for part in parts]), strict=True):
-                part.copy_(piece, non_blocking=True)
+            found = pool.index_select(0, self._indices(pool))
+            for part, piece in zip(self._parts, found.split([part.shape[1] for part in self._parts]), strict=True):
+                part[layer].copy_(piece, non_blocking=True)
 
-    def _copy(self, pool: Tensor, source: Tensor, target: Tensor, *distances: np.ndarray) -> None:
-        both = np.stack(distances)
-        if self._distances is None or not np.array_equal(both, self._distances):
-            self._distances = both
-            self._on_device = torch.from_numpy(both).pin_memory().to(pool.device, non_blocking=True)
-        kernels = _kernels()
+    def _copy(self, pool: Tensor, source: Tensor, target: Tensor, into_pool: bool) -> None:
+        step, kernels = pool.stride(0) * pool.element_size(), _kernels()
+        if self._distances is None:
+            distances = [_distances(self._parts), self._pages * step]
+            both = torch.from_numpy(np.stack(distances if into_pool else distances[::-1]))
+            self._distances = both.pin_memory().to(pool.device, non_blocking=True)
         assert kernels is not None
         with _lock:
-            kernels.copy_pages(self._on_device, source, target, _step(pool), _memory)
+            kernels.copy_pages(self._distances, source, target, step, _memory)
+
+    def _indices(self, pool: Tensor) -> Tensor:
+        """int64 [pages]; the host does not wait for them."""
+        found = torch.from_numpy(self._pages)
+        return found.pin_memory().to(pool.device, non_blocking=True) if pool.is_cuda else found
 
 
 def addressable(part: Tensor) -> bool:
-    """Whether a GPU can read and write these pages where they are: pinned, aligned, each in one piece."""
-    aligned = not (part.data_ptr() | _step(part)) % ALIGNMENT
-    return aligned and part[:1].is_contiguous() and part.is_pinned()
-
-
-def _by_kernel(pool: Tensor, parts: Sequence[Tensor]) -> bool:
-    return pool.is_cuda and not _step(pool) % ALIGNMENT and all(map(addressable, parts)) and _kernels() is not None
+    """Whether a GPU can read and write pages, [num_layers, n, ...], where they are: pinned, aligned, whole."""
+    aligned = not (part.data_ptr() | part.stride(0) * part.element_size() | _page_bytes(part)) % ALIGNMENT
+    return aligned and part[:1, :1].is_contiguous() and part.is_pinned()
 
 
 @functools.cache
@@ -83,25 +84,14 @@ def _kernels() -> ModuleType | None:
     return importlib.import_module("hstu_compile.ops.kernels.page_copies")
 
 
-def _step(pages: Tensor) -> int:
-    """Bytes from page to page."""
-    return pages.stride(0) * pages.element_size()
+def _page_bytes(part: Tensor) -> int:
+    """From page to page."""
+    return part.stride(1) * part.element_size()
 
 
-def _in_parts(parts: Sequence[Tensor]) -> np.ndarray:
+def _distances(parts: Sequence[Tensor]) -> np.ndarray:
     """Bytes from the first page to each, int64 [pages]."""
-    counts = [part.shape[0] for part in parts]
+    counts = [part.shape[1] for part in parts]
     starts = np.array([part.data_ptr() for part in parts])
     within = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
-    return np.repeat(starts - starts[0], counts) + within * np.repeat([_step(part) for part in parts], counts)
-
-
-def _in_pool(pool: Tensor, pages: array) -> np.ndarray:
-    """Bytes from page 0 to each."""
-    return np.frombuffer(pages, dtype=np.int32).astype(np.int64) * _step(pool)
-
-
-def _indices(pages: array, device: torch.device) -> Tensor:
-    """int64 [pages]; the host does not wait for them."""
-    found = torch.frombuffer(pages, dtype=torch.int32).long()
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    return np.repeat(starts - starts[0], counts) + within * np.repeat([*map(_page_bytes, parts)], counts)

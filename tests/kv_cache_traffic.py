@@ -18,6 +18,7 @@ USERS, NUM_PAGES, MAX_BATCH, MAX_LEN = 4, 10, 2, 70
 class Unreliable(PoisonedMemory):
     """Fails when the test says so, and finds damage where the test says there is some."""
 
+    reads_at_once = False
     is_broken = False
 
     def __init__(self, layout: PageLayout, num_pages: int) -> None:

@@ -28,6 +28,8 @@ class Failing(PoisonedMemory):
     error: Exception | None = None
     valid = 0
 
+    reads_at_once = False
+
     def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
         if self.error is not None and key.user == 1 and layer and num_pages > self.valid:
             raise self.error
@@ -123,6 +125,8 @@ def test_promise_5_nothing_is_copied_once_a_load_is_cancelled() -> None:
     """The step is aborted while the storage reads."""
 
     class Slow(PoisonedMemory):
+        reads_at_once = False
+
         def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
             batch.abort()
             return super().read(key, layer, num_pages)
@@ -195,24 +199,27 @@ def test_a_copy_to_the_host_that_fails_costs_nothing_but_the_pages_there() -> No
 class OneTooFew(PoisonedMemory):
     """User 1 gets a page less, user 2 one more: together as many as were asked for."""
 
-    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
-        parts = list(super().read(key, layer, num_pages))
-        return [*parts[:-1], parts[-1][:-1]] if key.user == 1 else [*parts, parts[0][:1]]
+    def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
+        parts = list(super().read_all(key, num_pages))
+        return [*parts[:-1], parts[-1][:, :-1]] if key.user == 1 else [*parts, parts[0][:, :1]]
 
 
 class OfAnotherType(PoisonedMemory):
-    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
-        return [part.half() for part in super().read(key, layer, num_pages)]
+    def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
+        return [part.half() for part in super().read_all(key, num_pages)]
 
 
 class OfAnotherShape(PoisonedMemory):
-    def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
-        return [part.transpose(1, 2) for part in super().read(key, layer, num_pages)]
+    def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
+        return [part.transpose(2, 3) for part in super().read_all(key, num_pages)]
 
 
-@pytest.mark.parametrize("storage", [OneTooFew, OfAnotherType, OfAnotherShape])
-def test_promise_5_what_was_not_asked_for_is_not_served(storage: type[PoisonedMemory]) -> None:
-    server = late_server(8, storage(LAYOUT, 40))
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("kind", [OneTooFew, OfAnotherType, OfAnotherShape])
+def test_promise_5_what_was_not_asked_for_is_not_served(kind: type[PoisonedMemory], at_once: bool) -> None:
+    storage = kind(LAYOUT, 40)
+    storage.reads_at_once = at_once
+    server = late_server(8, storage)
     server.step([1, 2], [3 * PAGE, 3 * PAGE])
     evict(server)
     batch = server.cache.begin([1, 2], [3 * PAGE, 3 * PAGE], version=0)
@@ -288,9 +295,9 @@ def test_which_thread_reads(at_once: bool) -> None:
         reads_at_once = at_once
         readers: set[int]
 
-        def read(self, key, layer, num_pages):  # type: ignore[no-untyped-def]
+        def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
             self.readers.add(threading.get_ident())
-            return super().read(key, layer, num_pages)
+            return super().read_all(key, num_pages)
 
     storage = Watched(LAYOUT, 30)
     storage.readers = set()

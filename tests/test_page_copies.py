@@ -20,75 +20,84 @@ ON_HOST = [(7, 9), (0, 1), (20, 24), (3, 4)]  # runs of the host's pages
 PAGES = array("i", [5, 11, 2, 3, 4, 0, 9, 8])  # of the pool
 
 
-def numbers(pages: int, device: str) -> Tensor:
-    return torch.randn(pages, *SHAPE, device="cpu").to(torch.bfloat16).to(device)
+LAYERS = 3
+
+
+def numbers(*pages: int, device: str = "cpu") -> Tensor:
+    return torch.randn(*pages, *SHAPE, device="cpu").to(torch.bfloat16).to(device)
 
 
 def chosen(host: Tensor) -> list[Tensor]:
-    return [host[first:last] for first, last in ON_HOST]
+    return [host[:, first:last] for first, last in ON_HOST]
 
 
-def check_load(pool: Tensor, host: Tensor, copies: PageCopies | None = None) -> None:
-    expected, before = pool.cpu(), host.clone()
-    expected[list(PAGES)] = torch.cat(chosen(host))
-    (copies or PageCopies()).load(pool, PAGES, chosen(host))
-    assert torch.equal(pool.cpu(), expected) and torch.equal(host, before)
+def check_load(host: Tensor, device: str) -> None:
+    copies = PageCopies(PAGES, chosen(host))
+    for layer in range(LAYERS):
+        pool = numbers(12, device=device)
+        expected, before = pool.cpu(), host.clone()
+        expected[list(PAGES)] = torch.cat(chosen(host), dim=1)[layer]
+        copies.load(pool, layer)
+        assert torch.equal(pool.cpu(), expected) and torch.equal(host, before)
 
 
-def check_store(pool: Tensor, host: Tensor, copies: PageCopies | None = None) -> None:
-    expected, before, at = host.clone(), pool.clone(), 0
-    for first, last in ON_HOST:
-        expected[first:last] = pool.cpu()[list(PAGES[at : at + last - first])]
-        at += last - first
-    (copies or PageCopies()).store(pool, PAGES, chosen(host))
-    if pool.is_cuda:
-        torch.cuda.synchronize()
-    assert torch.equal(host, expected) and torch.equal(pool, before)
+def check_store(host: Tensor, device: str) -> None:
+    copies = PageCopies(PAGES, chosen(host))
+    for layer in range(LAYERS):
+        pool = numbers(12, device=device)
+        expected, before, at = host.clone(), pool.clone(), 0
+        for first, last in ON_HOST:
+            expected[layer, first:last] = before.cpu()[list(PAGES[at : at + last - first])]
+            at += last - first
+        copies.store(pool, layer)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        assert torch.equal(host, expected) and torch.equal(pool, before)
 
 
 @pytest.mark.parametrize("check", [check_load, check_store])
 def test_on_the_cpu(check: Any) -> None:
-    check(numbers(12, "cpu"), numbers(24, "cpu"))
+    check(numbers(LAYERS, 24), "cpu")
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("check", [check_load, check_store])
 def test_on_a_gpu(check: Any, pinned: bool) -> None:
-    """Pinned memory is read and written where it is, other memory by the driver; layer by layer, and anew."""
+    """Pinned memory is read and written where it is, other memory by the driver; also when it is done again."""
     for _ in range(3):
-        copies = PageCopies()
-        host = numbers(3 * 24, "cpu")
+        host = numbers(LAYERS, 24)
         host = host.pin_memory() if pinned else host
-        assert addressable(host[3:4]) == pinned
-        for layer in host.split(24):
-            check(numbers(12, "cuda"), layer, copies)
+        assert addressable(host[:, 3:4]) == pinned
+        check(host, "cuda")
 
 
 @pytest.mark.cuda
-def test_layers_that_lie_elsewhere() -> None:
-    """Distances differ from layer to layer, on either side or in number."""
-    copies = PageCopies()
-    host, pool = numbers(24, "cpu").pin_memory(), numbers(12, "cuda")
-    expected = pool.cpu()
-    for pages, runs in (
-        ([1, 2, 3], [(0, 3)]),
-        ([1, 2, 3], [(4, 5), (9, 11)]),
-        ([3, 8, 0], [(4, 5), (9, 11)]),
-        ([7], [(1, 2)]),
-    ):
-        parts = [host[first:last] for first, last in runs]
-        expected[pages] = torch.cat(parts)
-        copies.load(pool, array("i", pages), parts)
+def test_parts_that_are_not_laid_out_alike() -> None:
+    """Each with memory of its own: from layer to layer it is further in a larger one."""
+    parts = [numbers(LAYERS, last - first).pin_memory() for first, last in ON_HOST]
+    copies, pool = PageCopies(PAGES, parts), numbers(12, device="cuda")
+    for layer in range(LAYERS):
+        expected = pool.cpu()
+        expected[list(PAGES)] = torch.cat([part[layer] for part in parts])
+        copies.load(pool, layer)
         assert torch.equal(pool.cpu(), expected)
+        pool = numbers(12, device="cuda")
+        copies.store(pool, layer)
+        torch.cuda.synchronize()
+        assert torch.equal(torch.cat([part[layer] for part in parts]), pool.cpu()[list(PAGES)])
 
 
 def test_what_the_kernel_cannot_address() -> None:
-    pages = numbers(4, "cpu")
-    assert not addressable(pages)  # not pinned
-    assert not addressable(pages.transpose(1, 2)) and not addressable(
-        torch.empty(100, dtype=torch.int16)[1:].view(9, 11)
-    )
+    assert not addressable(numbers(LAYERS, 4))  # not pinned
+
+
+@pytest.mark.cuda
+def test_pinned_memory_that_the_kernel_cannot_address() -> None:
+    host = numbers(LAYERS, 4).pin_memory()
+    assert addressable(host) and addressable(host[:, 1:2]) and addressable(host[1:2, 2:])
+    assert not addressable(host.transpose(2, 3))
+    assert not addressable(torch.empty(2 * 99, dtype=torch.int16).pin_memory()[1:].view(1, 1, 197))
 
 
 def test_registers() -> None:

@@ -160,7 +160,7 @@ def test_nothing_is_computed_for_old_rows(name: str, eager: None) -> None:
 class Broken(MemoryStorage):
     """Of whatever is read nothing is right."""
 
-    def read(self, *args: Any, **kwargs: Any) -> Any:
+    def read_all(self, *args: Any, **kwargs: Any) -> Any:
         raise StorageError("broken")
 
 

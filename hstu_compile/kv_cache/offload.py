@@ -79,7 +79,6 @@ class Offload:
         pages = array("i")
         for user in self.users:
             pages.extend(user.pages)
-        memory = [piece for user in self.users for piece in user.memory]
-        copies = PageCopies()
+        copies = PageCopies(pages, [piece for user in self.users for piece in user.memory])
         for layer, pool in enumerate(self._pools):
-            copies.store(pool, pages, [piece[layer] for piece in memory])
+            copies.store(pool, layer)

@@ -9,6 +9,7 @@ from threading import Event as Flag
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hstu_compile.kv_cache.layout import Key
@@ -55,8 +56,7 @@ class LayerwiseLoad:
         self._storage = storage
         self._pools = pools
         self._stream = stream
-        self._copies = PageCopies()
-        self._pinned: list[Sequence[Tensor]] = []  # here, until they are copied
+        self._copies: list[PageCopies] = []  # they keep what is being copied
         self._lock = Lock()  # once cancelled, nothing is given to the stream and `users` does not change
         self._cancelled = False
         self._events: list[Event] = []
@@ -66,10 +66,13 @@ class LayerwiseLoad:
     def run(self) -> None:
         """Until all is given to the streams, or cancelled; the reading thread's part, if there is one."""
         try:
-            for layer in range(len(self._pools)):
-                if self._cancelled:
-                    break
-                self._load(layer)
+            if self._storage.reads_at_once:
+                copies = self._read()
+                for layer in range(len(self._pools)):
+                    self._give(layer, copies, layer)
+            else:
+                for layer in range(len(self._pools)):
+                    self._give(layer, self._read(layer), 0)
         except Exception as error:
             log.warning("hstu_compile: a load into the KV cache failed", exc_info=True)
             self._fail_all(f"{type(error).__name__}: {error}")
@@ -116,36 +119,45 @@ class LayerwiseLoad:
             if not self._cancelled:
                 user.valid, user.reason, user.is_wrong = valid, reason, True
 
-    def _load(self, layer: int) -> None:
-        pool = self._pools[layer]
+    def _read(self, layer: int | None = None) -> PageCopies | None:
+        """The valid pages of all users, of one layer or all; None: there are none."""
         parts: list[Tensor] = []
         pages = array("i")
         for user in self.users:
-            parts += self._read(user, layer)
+            parts += self._parts_of(user, layer)
             pages.extend(user.pages[: user.valid])
-        if pool.is_cuda and not self._storage.reads_at_once:  # which are pinned
-            parts = [part if addressable(part) else part.contiguous().pin_memory() for part in parts]
-            self._pinned.append(parts)
+        if self._pools[0].is_cuda and not all(map(addressable, parts)):
+            parts = [torch.cat(parts, dim=1).pin_memory()]
+        return PageCopies(pages, parts) if pages else None
+
+    def _give(self, layer: int, copies: PageCopies | None, index: int) -> None:
+        """index: of the layer among those that were read."""
+        pool = self._pools[layer]
         with self._lock:
             if self._cancelled:
                 return
             try:
-                if pages:
-                    self._stream.run(lambda: self._copies.load(pool, pages, parts))
+                if copies is not None:
+                    self._copies.append(copies)
+                    self._stream.run(lambda: copies.load(pool, index))
             finally:
                 self._events.append(self._stream.record())
-            self.bytes += sum(part.numel() * part.element_size() for part in parts)
+            self.bytes += self._storage.layout.layer_bytes * sum(user.valid for user in self.users)
         self._given[layer].set()
 
-    def _read(self, user: Loaded, layer: int) -> Sequence[Tensor]:
-        """The valid pages, after finding out which are."""
+    def _parts_of(self, user: Loaded, layer: int | None) -> Sequence[Tensor]:
+        """Of one user, [1 or num_layers, n, *layout.shape] each, after finding out which pages are valid."""
+        layout = self._storage.layout
         while user.valid and not self._cancelled:
             try:
-                parts = self._storage.read(user.key, layer, user.valid)
-                layout = self._storage.layout
-                if any(part.shape[1:] != layout.shape or part.dtype != layout.dtype for part in parts):
+                if layer is None:
+                    parts, layers = self._storage.read_all(user.key, user.valid), layout.num_layers
+                else:
+                    parts, layers = [x[None] for x in self._storage.read(user.key, layer, user.valid)], 1
+                expected = (layers, *layout.shape)
+                if any((x.shape[0], *x.shape[2:]) != expected or x.dtype != layout.dtype for x in parts):
                     raise StorageError("pages of another layout were read")
-                if (count := sum(part.shape[0] for part in parts)) != user.valid:
+                if (count := sum(x.shape[1] for x in parts)) != user.valid:
                     raise StorageError(f"{count} pages were read, expected {user.valid}")
                 return parts
             except Exception as error:

@@ -30,8 +30,8 @@ class KVStorage(ABC):
 
     Attributes:
         layout: the shape of a page.
-        reads_at_once: `read` waits for nothing: it only says where in pinned memory pages are. So it is called in the
-            thread that serves, and no `load_timeout` ends it.
+        reads_at_once: pages are in pinned memory: `read_all` says where, and waits for nothing. It is called instead of
+            `read`, in the thread that serves, and no `load_timeout` ends it.
     """
 
     reads_at_once = False
@@ -63,6 +63,10 @@ class KVStorage(ABC):
         Raises:
             StorageError: they are not what was appended.
         """
+
+    def read_all(self, key: Key, num_pages: int) -> Sequence[Tensor]:
+        """The same in all layers: [num_layers, n, *layout.shape] each."""
+        raise NotImplementedError
 
     @abstractmethod
     def truncate(self, key: Key, num_pages: int) -> None:
@@ -116,8 +120,10 @@ class MemoryStorage(KVStorage):
         self._runs[key] = self._runs.get(key, []) + self._reserved.pop(key)
 
     def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
-        memory = self._memory[layer]
-        return [memory[first:last] for first, last in _split(self._runs[key], num_pages)[0]]
+        return [part[layer] for part in self.read_all(key, num_pages)]
+
+    def read_all(self, key: Key, num_pages: int) -> Sequence[Tensor]:
+        return [self._memory[:, first:last] for first, last in _split(self._runs[key], num_pages)[0]]
 
     def truncate(self, key: Key, num_pages: int) -> None:
         kept, dropped = _split(self._runs.pop(key, []), num_pages)
