@@ -206,6 +206,7 @@ def test_boxes_of_pages(page_size: int, cols: int) -> None:
         (384, 1, 4480, 11),  # 3 tiles of 4 heads on 132 multiprocessors
         (8 * 256, 8, 4352, 2),
         (32 * 256, 32, 4352, 1),
+        (8 * 128, 9, 4096, 4),  # the ninth is padding
         (128, 1, 4096, 16),  # at least four tiles of keys each
         (130, 1, 130, 1),
         (2000, 2000, 4096, 1),  # a token each: a tile each

@@ -118,13 +118,13 @@ def forward_kernel(
     places = a + tile_offsets(rows, cols, a_row, a_head, A_HEAD_DIM)
     if SUM is None:
         x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    else:
-        summed = inside & (rows < tl.load(seq_offsets + batch))[:, None]
-        size = tl.cast(T, tl.int64) * (GROUPS * WIDTH)
-        x = sum_of_parts(places, parts, size, summed).to(SUM).to(tl.float32)
     g = tl.load(u + tile_offsets(rows, cols, u_row, u_head, U_HEAD_DIM), mask=inside, other=0.0).to(tl.float32)
     w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
+    if SUM is not None:  # behind the other loads, which are on their way meanwhile
+        summed = inside & (rows < tl.load(seq_offsets + batch))[:, None]
+        size = tl.cast(T, tl.int64) * (GROUPS * WIDTH)
+        x = sum_of_parts(places, parts, size, summed).to(SUM).to(tl.float32)
 
     gate, _ = activated(g, ACTIVATION, fast(u.dtype.element_ty))
     normed = x * gate if GATE_FIRST else x

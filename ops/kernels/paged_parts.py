@@ -18,8 +18,11 @@ LEAST = 4  # tiles of keys of the longest sequence in a part: one more part cost
 
 
 def parts_of(heads: int, rows: int, cols: int, processors: int, extent: Extent) -> int:
-    """Of the keys of each tile of `rows` queries of a head, in tiles of `cols`."""
-    tiles = max(-(-extent.rows // rows), min(extent.sequences, extent.rows))
+    """Of the keys of each tile of `rows` queries of a head, in tiles of `cols`.
+
+    The last sequence of several counts for nothing: in a CUDA graph it is padding, with few keys or none.
+    """
+    tiles = max(-(-extent.rows // rows), min(extent.sequences - 1, extent.rows))
     return max(1, min(processors // max(1, tiles * heads), extent.max_seq_len // (LEAST * cols)))
 
 
