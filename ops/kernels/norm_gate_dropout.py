@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from hstu_compile.ops.kernels.early_launch import begins_early
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
 from hstu_compile.ops.kernels.norm_gate_dropout_kernels import backward_kernel, forward_kernel
 from hstu_compile.ops.kernels.partial_sums import PartialSums, Parts
@@ -114,6 +115,8 @@ def forward_launch(
     programs, numbers = sizes(extent)
     arguments = (*tensors, out, *scalars, seq_offsets, numbers.get("batch"), numbers.get("parts"))
     constants |= {"SUM": None if partial is None else getattr(tl, str(partial.dtype).removeprefix("torch."))}
+    early = partial is not None and begins_early(out.device)
+    constants |= {"EARLY": early, "launch_pdl": early}
     return Launch(forward_kernel, programs, arguments, constants | tile, sizes)
 
 

@@ -9,6 +9,7 @@ this one. Each sums its own share of dweight and dbias.
 import triton
 import triton.language as tl
 
+from hstu_compile.ops.kernels.early_launch import wait_for_previous
 from hstu_compile.ops.kernels.partial_sums import sum_of_parts
 from hstu_compile.ops.kernels.silu import sigmoid
 
@@ -107,9 +108,14 @@ def forward_kernel(
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr, CONCAT_ACTIVATED: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SUM: tl.constexpr,
+    SUM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """a: or fp32 parts of it, whose sum, rounded to SUM, is 0 in rows beyond seq_offsets[batch]."""
+    """a: or fp32 parts of it, whose sum, rounded to SUM, is 0 in rows beyond seq_offsets[batch].
+
+    EARLY: see early_launch.py.
+    """
+    if EARLY:
+        wait_for_previous()
     group = tl.program_id(0) % GROUPS
     rows = tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)
     in_group = tl.arange(0, BLOCK)
