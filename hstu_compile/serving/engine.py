@@ -19,6 +19,7 @@ from hstu_compile.kv_cache import (
     PageLayout,
 )
 from hstu_compile.ops import waiting
+from hstu_compile.passes import residual
 from hstu_compile.serving import cuda_graphs
 from hstu_compile.serving.captured_call import capture_call, sizes_apart
 from hstu_compile.serving.plan import Plan
@@ -226,7 +227,7 @@ class Engine:
 
 def compiled(step: Step) -> Callable[..., Sequence[Any]]:
     """Inductor writes to the pools in place: a copy of one would miss what is loaded into it meanwhile."""
-    run = torch.compile(step.graph.forward, fullgraph=True, dynamic=True)
+    run = torch.compile(step.graph.forward, fullgraph=True, dynamic=True, options=residual.hooks())
 
     def launch(*inputs: Any) -> Sequence[Any]:
         with sizes_apart():
