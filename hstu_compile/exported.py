@@ -19,6 +19,7 @@ from hstu_compile.passes.graph import argument, aten, shape, value
 from hstu_compile.passes.inplace import make_out_of_place
 from hstu_compile.passes.report import Report, source_line
 from hstu_compile.serving import Engine
+from hstu_compile.serving.padding import Rows
 from hstu_compile.serving.step import Step
 
 log = logging.getLogger("hstu_compile")
@@ -150,11 +151,12 @@ class _Step(nn.Module):
             with graph.inserting_before(first):
                 buffer.replace_all_uses_with(graph.placeholder(f"{name}_input"))
             graph.erase_node(buffer)
-        self.call, self.rows = step._call, fx.GraphModule(step.graph, graph)
+        self.call, self.padding, self.rows = step._call, step.padding, fx.GraphModule(step.graph, graph)
         for name, parameter in list(self.rows.named_parameters()):  # packages are made with autograd on
             setattr(self.rows, name, nn.Parameter(parameter.detach(), requires_grad=False))
 
     def forward(
         self, pools: list[Tensor], plan: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, ...]:
-        return tuple(self.rows(*pools, *self.call.inputs(args, kwargs), *plan))
+        inputs = self.padding.at_rows(self.call.inputs(args, kwargs), Rows(plan[0], plan[0]))
+        return tuple(self.rows(*pools, *inputs, *plan))

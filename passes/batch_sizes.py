@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from hstu_compile.passes.graph import Size, shape, value
+from hstu_compile.passes.graph import Size, is_tensor, shape, value
 from hstu_compile.passes.index_space import is_scalar, symbols_of
 
 Kind = Literal["tokens", "sequences", "offsets"]
@@ -50,6 +50,11 @@ class BatchSizes:
         if found in self.numbers.values():
             return None
         return self._hints.get(self._hint(size))  # type: ignore[return-value]
+
+    def is_of_tokens(self, node: fx.Node) -> bool:
+        """Whether a node has a row for each token, and no other size of a batch."""
+        kinds = [self.kind(size) for size in shape(node)] if is_tensor(node) else []
+        return kinds[:1] == ["tokens"] and not any(kinds[1:])
 
     @property
     def numbers(self) -> dict[fx.Node, sympy.Expr]:

@@ -150,7 +150,7 @@ def test_nothing_is_computed_for_old_rows(name: str, eager: None) -> None:
     engine(["a", "b"], *Traffic(model).request(["a", "b"], [7, 3], [1, 2]))
     step = engine._step
     assert step is not None and not step.computed_whole
-    tokens = expression(shape(step.inputs[[n.name for n in step.inputs].index("l_args_0_")])[0])
+    tokens = expression(step._tokens)
     sizes = {size for n in step.graph.graph.nodes if is_floating(n) for size in map(expression, shape(n))}
     assert tokens.is_Symbol and not any(tokens in size.free_symbols for size in sizes)
     embeddings = [n for n in step.graph.graph.nodes if n.target is torch.ops.aten.embedding.default]

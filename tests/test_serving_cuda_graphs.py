@@ -13,7 +13,7 @@ from hstu_compile.ops import waiting
 from hstu_compile.serving import Engine, cuda_graphs
 from hstu_compile.serving import engine as engine_module
 from tests.models.native_ranking import NativeRanking
-from tests.models.ranking import Ranking
+from tests.models.ranking import WIDTH, Ranking
 from tests.serving_traffic import MAX_SEQ_LEN, Traffic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -166,6 +166,12 @@ class TimeSinceTheFirst(Ranking):
         return super().embed(ids, offsets, num_targets, None) + gap.unsqueeze(-1)
 
 
+def picked(engine: Engine) -> dict[str, bool]:
+    """Of which inputs the graph has new rows only."""
+    assert engine._step is not None
+    return dict(zip((n.name for n in engine._step.inputs), engine._step.padding._is_picked, strict=True))
+
+
 @pytest.mark.parametrize("kind", [Ranking, TimeSinceTheFirst])
 def test_inputs_on_the_host(kind: type[Ranking], device: str) -> None:
     """Only new rows are copied of those that are read there alone; all of the others."""
@@ -178,6 +184,88 @@ def test_inputs_on_the_host(kind: type[Ranking], device: str) -> None:
         traffic.check(answer, args)
         assert number < 2 or len(answer.rows) == 5 - 2 * (number > 3)
     assert engine._step is not None and engine._graphs is not None and engine._graphs.replays == 6
-    names = dict(zip((n.name for n in engine._step.inputs), engine._step.padding._is_picked, strict=True))
+    names = picked(engine)
     assert (names["l_args_0_"], names["l_args_1_"], names["l_args_4_"]) == (True, False, kind is Ranking)
+    engine.close()
+
+
+class Given(Ranking):
+    """Takes embeddings, and numbers of two kinds of each token, instead of ids."""
+
+    def forward(self, x: Tensor, kinds: Tensor, offsets: Tensor, num_targets: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        x = x.to(self.head.weight.dtype) + self.items(kinds).sum(1)
+        for layer in self.layers:
+            x = layer(x, offsets, n, num_targets)
+        return self.head(self.norm(x)).squeeze(-1)
+
+
+class GivenTraffic(Traffic):
+    """Both follow from a user's ids."""
+
+    def request(self, *args: Any) -> tuple[Any, ...]:
+        ids, offsets, num_targets, n, _ = super().request(*args)
+        x = torch.stack([(ids * k).sin() for k in range(1, WIDTH + 1)], dim=-1)
+        return x.to(self.model.head.weight.dtype), torch.stack([ids % 7, ids % 5], dim=-1), offsets, num_targets, n
+
+
+AS_GIVEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "on the device": lambda x: x,
+    "on the host": lambda x: x.cpu(),
+    "strided": lambda x: torch.stack([x, x.flip(0)], dim=-1)[..., 0],
+    "strided on the host": lambda x: torch.stack([x, x.flip(0)], dim=-1)[..., 0].cpu(),
+}
+
+
+@pytest.mark.parametrize("staged_bytes", [cuda_graphs.STAGED_BYTES, 0])
+@pytest.mark.parametrize("first", AS_GIVEN)
+def test_old_rows_are_not_read(first: str, staged_bytes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of inputs that are read at new rows only a graph has no others, and nothing in them matters."""
+    monkeypatch.setattr(cuda_graphs, "STAGED_BYTES", staged_bytes)
+    model = Given(layers=2).to(device, torch.bfloat16)
+    traffic, engine, cached = GivenTraffic(model, device), engine_of(model), dict[str, int]()
+    as_given = [AS_GIVEN[first], *AS_GIVEN.values()] * 2
+    for how, (users, histories, targets) in zip(
+        as_given,
+        (
+            (["a"], [9], [2]),
+            (["a", "b"], [11, 4], [1, 3]),
+            (["b", "c", "a"], [9, 20, 11], [1, 2, 1]),
+            (["d", "e", "a", "b"], [30, 40, 12, 9], [3, 3, 1, 1]),  # launched
+            (["c"], [20], [1]),
+            (["c"], [21], [1]),
+        ),
+        strict=False,
+    ):
+        args = traffic.request(users, histories, targets)
+        x, kinds = args[0].clone(), args[1].clone()
+        for user, begin in zip(users, args[2].tolist(), strict=False):
+            x[begin : begin + cached.get(user, 0)], kinds[begin : begin + cached.get(user, 0)] = torch.nan, 1 << 40
+        traffic.check(engine(users, how(x), how(kinds), *args[2:]), args)
+        cached |= dict(zip(users, histories, strict=True))
+    assert picked(engine) | {"l_args_0_": True, "l_args_1_": True} == picked(engine)
+    assert engine._graphs is not None and (engine._graphs.replays, engine._graphs.launches) == (5, 1)
+    for (_, tokens), recorded in engine._graphs._recorded.items():
+        assert not isinstance(recorded, str)
+        rooms = [x for x in recorded.inputs if isinstance(x, Tensor) and x.dim() == 2]
+        assert [tuple(x.shape) for x in rooms] == [(tokens, WIDTH), (tokens, 2)]
+    engine.close()
+
+
+def test_without_tokens(device: str) -> None:
+    model = Given(layers=2).to(device, torch.bfloat16)
+    traffic, engine = GivenTraffic(model, device), engine_of(model)
+    for users, history in ((["a"], 5), (["b"], 0), (["c", "d"], 0)):
+        args = traffic.request(users, [history] * len(users), [0] * len(users))
+        answer = engine(users, *args)
+        assert answer.output.shape == answer.rows.shape == (history,)
+    engine.close()
+
+
+def test_fewer_tokens_than_the_offsets_say(device: str) -> None:
+    model = Given(layers=2).to(device, torch.bfloat16)
+    traffic, engine = GivenTraffic(model, device), engine_of(model)
+    x, kinds, *others = traffic.request(["a"], [5], [1])
+    engine(["a"], x, kinds, *others)
+    with pytest.raises(ValueError, match="the last offset is 6, expected at most 5"):
+        engine(["a"], x[:5], kinds[:5], *others)
     engine.close()

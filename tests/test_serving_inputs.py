@@ -1,13 +1,19 @@
 """How a request's inputs are checked, and come to where a graph reads them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.testing import assert_close
 
-from hstu_compile.serving.padding import _fill
+from hstu_compile.passes import picked_inputs
+from hstu_compile.passes.graph import same_shape, shape
+from hstu_compile.serving.padding import Rows, _fill
 from hstu_compile.serving.sizes import Size
 from hstu_compile.serving.staging import Staging, array
 
@@ -82,3 +88,59 @@ def test_an_input_on_the_host_is_padded_like_one_on_the_device(
         assert tensor.tolist() == [0, 1, 2, 2, 50]
     else:
         assert (tensor.narrow(varying[0][0], shape[varying[0][0]], 1) == (9 if varying[0][1] == "tokens" else 0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 2, 2), (0, 3)])
+def test_new_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Selected where an input is, into a room on the host or the device, whatever its strides; of no tokens: zeros."""
+    rows = torch.tensor([1, 4, 5, 5])
+    size = torch.Size(shape).numel()
+    x = (torch.arange(size) % 3).to(dtype).view(shape)
+    expected = x[rows] if size else torch.zeros(4, *shape[1:], dtype=dtype)
+    strided = torch.cat([x.unsqueeze(-1)] * 2, dim=-1)[..., 0]
+    new = Rows(rows, rows)
+    for given in (x, strided):
+        staging = Staging([torch.zeros_like(expected)], torch.device("cpu"))
+        room = torch.zeros_like(expected)
+        new.write(given, room)
+        new.write(given, torch.from_numpy(staging.rooms()[0]).view(dtype))
+        staging.send()
+        for found in (new.of(given), room, staging.tensors[0]):
+            assert found.dtype == dtype and torch.equal(found.view(torch.int8), expected.view(torch.int8))
+
+
+def index(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.ops.aten.index.Tensor(x, [rows])
+
+
+PICKED: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
+    "at the rows": (lambda x, rows: index(x, rows) * 2, True),
+    "twice": (lambda x, rows: (index(x, rows), index(x, rows).sin()), True),
+    "not at all": (lambda x, rows: rows * 2, True),
+    "at other rows": (lambda x, rows: index(x, rows - 1), False),
+    "at other rows, too": (lambda x, rows: index(x, rows) + index(x, rows - 1), False),
+    "all": (lambda x, rows: x * 2, False),
+    "all, too": (lambda x, rows: index(x, rows) + x.sum(), False),
+    "its number": (lambda x, rows: index(x, rows) * x.shape[0], False),
+    "returned": (lambda x, rows: (x, index(x, rows)), False),
+    "along another dimension": (lambda x, rows: torch.ops.aten.index.Tensor(x, [None, rows % 3]), False),
+    "as rows": (lambda x, rows: index(rows, x[:, 0].long()), False),
+}
+
+
+@pytest.mark.parametrize("function, is_picked", PICKED.values(), ids=PICKED)
+def test_inputs_that_are_read_at_rows_only(function: Callable[[Tensor, Tensor], Any], is_picked: bool) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    row = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    fake = mode.from_tensor(torch.zeros(9, 3), symbolic_context=sizes)
+    with mode:
+        gm = make_fx(function)(fake, mode.from_tensor(torch.zeros(4, dtype=torch.int64), symbolic_context=row))
+    node, rows = gm.graph.find_nodes(op="placeholder")
+    assert picked_inputs.run([node], rows) == ({node} if is_picked else set())
+    gm.graph.lint()
+    gm.recompile()
+    x, at = torch.randn(9, 3), torch.tensor([1, 4, 7, 8, 8])
+    assert_close(gm(x[at] if is_picked else x, at), function(x, at), rtol=0, atol=0)
+    assert same_shape(shape(node), (shape(rows)[0], 3) if is_picked else fake.shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hstu_compile.kv_cache import KVCache
 from hstu_compile.ops import waiting
+from hstu_compile.serving.padding import Rows
 from hstu_compile.serving.plan import Plan
 from hstu_compile.serving.staging import Staging
 from hstu_compile.serving.step import Request, Step
@@ -137,13 +138,14 @@ class CudaGraphs:
         recorded = self._recorded[size]
         assert isinstance(recorded, _Recorded)
         padding, tokens = self._step.padding, size[0] * self._max_seq_len
-        rooms, on_device = recorded.staging.rooms(), recorded.others
+        rooms, on_device, count = recorded.staging.rooms(), recorded.others, len(recorded.staged)
+        plan.fill(rooms[count:])
+        rows = Rows(torch.from_numpy(rooms[count]), recorded.staging.tensors[count])
         for i, room in zip(recorded.staged, rooms, strict=False):
             if request.inputs[i].is_cuda:
                 on_device = [*on_device, i]
             else:
-                padding.fill_host(i, room, request.inputs[i], tokens, plan.spans)
-        plan.fill(rooms[len(recorded.staged) :])
+                padding.fill_host(i, room, request.inputs[i], rows, tokens)
         recording = recorded.whole
         if wait is not None:
             assert recorded.by_layers is not None
@@ -151,7 +153,7 @@ class CudaGraphs:
         recorded.staging.send()
         try:
             for i in on_device:
-                padding.fill(i, recorded.inputs[i], request.inputs[i], tokens)
+                padding.fill(i, recorded.inputs[i], request.inputs[i], rows, tokens)
             recording.replay(wait)
         finally:
             recorded.staging.sent()
@@ -162,7 +164,9 @@ class CudaGraphs:
         begin, device = time.perf_counter(), self._step.device
         users, tokens = size
         sequences, all_tokens = users + 1, users * self._max_seq_len  # the last sequence is padding
-        padded = self._step.padding.pad(request.inputs, all_tokens, sequences)
+        planned = plan.tensors(tokens, sequences, self._step, self._cache.max_pages)
+        rows = Rows(planned[0], planned[0].to(device))
+        padded = self._step.padding.pad(request.inputs, rows, all_tokens, sequences)
         if self._step.offsets(padded)[-1] != all_tokens:
             return "the model takes lengths, expected offsets: padding would belong to no sequence"
         inputs = self._step.padding.blank(padded)
@@ -170,8 +174,7 @@ class CudaGraphs:
             i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_cuda and x.nbytes <= STAGED_BYTES
         ]
         others = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and i not in staged]
-        blank_plan = [x.zero_() for x in plan.tensors(tokens, sequences, self._step, self._cache.max_pages)]
-        staging = Staging([*(inputs[i] for i in staged), *blank_plan], device)
+        staging = Staging([*(inputs[i] for i in staged), *(x.zero_() for x in planned)], device)
         for i, x in zip(staged, staging.tensors, strict=False):
             inputs[i] = x
         inputs = [x.to(device) if isinstance(x, Tensor) else x for x in inputs]

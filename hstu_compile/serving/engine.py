@@ -19,8 +19,10 @@ from hstu_compile.kv_cache import (
     PageLayout,
 )
 from hstu_compile.ops import waiting
+from hstu_compile.passes import residual
 from hstu_compile.serving import cuda_graphs
 from hstu_compile.serving.captured_call import capture_call, sizes_apart
+from hstu_compile.serving.padding import Rows
 from hstu_compile.serving.plan import Plan
 from hstu_compile.serving.step import OneToken, Request, Step
 
@@ -217,16 +219,17 @@ class Engine:
         assert self._step is not None and self._cache is not None
         tokens = request.offsets[-1]
         sequences = max(plan.num_sequences + (tokens < LEAST), LEAST)
-        inputs = self._step.padding.pad(request.inputs, max(tokens, LEAST), sequences)
         given = plan.tensors(max(plan.num_rows, LEAST), sequences, self._step, self._cache.max_pages)
         device = self._step.device
-        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in (*inputs, *given)]
-        return self._launch(*moved)
+        planned = [x.to(device, non_blocking=True) for x in given]
+        inputs = self._step.padding.pad(request.inputs, Rows(given[0], planned[0]), max(tokens, LEAST), sequences)
+        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in inputs]
+        return self._launch(*moved, *planned)
 
 
 def compiled(step: Step) -> Callable[..., Sequence[Any]]:
     """Inductor writes to the pools in place: a copy of one would miss what is loaded into it meanwhile."""
-    run = torch.compile(step.graph.forward, fullgraph=True, dynamic=True)
+    run = torch.compile(step.graph.forward, fullgraph=True, dynamic=True, options=residual.hooks())
 
     def launch(*inputs: Any) -> Sequence[Any]:
         with sizes_apart():

@@ -1,7 +1,7 @@
 """Inputs of a step's graph with room for more tokens and sequences than a request has."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,29 @@ from hstu_compile.passes.graph import shape, value
 from hstu_compile.serving.staging import array
 
 
+class Rows(NamedTuple):
+    """The new rows, of which some may be there twice: those of an input are selected where it is."""
+
+    host: Tensor
+    device: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Zeros, where it has no rows at all."""
+        if x.shape[0] == 0:
+            return x.new_zeros(self.host.shape[0], *x.shape[1:])
+        return x.index_select(0, self._beside(x))
+
+    def write(self, x: Tensor, room: Tensor) -> None:
+        """The same, to where there is room for it, on the host or the device."""
+        if x.shape[0] and x.device == room.device:
+            torch.index_select(x, 0, self._beside(x), out=room)
+        else:
+            room.copy_(self.of(x), non_blocking=True)
+
+    def _beside(self, x: Tensor) -> Tensor:
+        return self.device.to(x.device) if x.is_cuda else self.host
+
+
 class Padding:
     """Of inputs, by which of their sizes are those of a batch.
 
@@ -19,29 +42,33 @@ class Padding:
     between are empty.
     """
 
-    def __init__(self, inputs: Sequence[fx.Node], sizes: BatchSizes, rows: fx.Node) -> None:
-        """rows: the new ones, an input of the graph too."""
-        self._varying: list[list[tuple[int, Kind]]] = []  # the dims of each input that are of a batch
-        self._is_picked: list[bool] = []  # whether each input has tokens, and is read at new rows only
+    def __init__(self, inputs: Sequence[fx.Node], sizes: BatchSizes, picked: Collection[fx.Node]) -> None:
+        """picked: inputs that have the new rows only in the graph, and all tokens in a request."""
+        self._varying: list[list[tuple[int, Kind]]] = []  # the other dims of each input that are of a batch
+        self._is_picked: list[bool] = [node in picked for node in inputs]
         self._numbers: list[Kind | None] = []  # what each input is that is a number
         self._constants: list[int] = []  # positions of numbers that the graph reads, and are not of a batch
-        self._sizes: list[tuple[int, int, bool]] = []  # of all inputs: position, dim, whether it is of a batch
+        self._sizes: list[tuple[int, int, bool]] = []  # but new rows: position, dim, whether it is of a batch
         for position, node in enumerate(inputs):
             is_tensor = isinstance(value(node), Tensor)
-            kinds = [(dim, sizes.kind(size)) for dim, size in enumerate(shape(node))] if is_tensor else []
+            dims = list(enumerate(shape(node)))[node in picked :] if is_tensor else []
+            kinds = [(dim, sizes.kind(size)) for dim, size in dims]
             self._varying.append([(dim, kind) for dim, kind in kinds if kind is not None])
-            of_tokens = self._varying[-1] == [(0, "tokens")]
-            self._is_picked.append(of_tokens and all(_picks(user, node, rows) for user in node.users))
             self._sizes += [(position, dim, kind is not None) for dim, kind in kinds]
             self._numbers.append(None if is_tensor else sizes.kind(value(node)))
             if not is_tensor and node.users and self._numbers[-1] is None:
                 self._constants.append(position)
 
-    def pad(self, inputs: Sequence[Any], tokens: int, sequences: int) -> list[Any]:
-        """The inputs of a request with so many tokens and sequences: fewer sequences where it has fewer tokens."""
+    def at_rows(self, inputs: Sequence[Any], rows: Rows) -> list[Any]:
+        """The inputs of a request, as the graph has them."""
+        pairs = zip(inputs, self._is_picked, strict=True)
+        return [rows.of(x) if is_picked else x for x, is_picked in pairs]
+
+    def pad(self, inputs: Sequence[Any], rows: Rows, tokens: int, sequences: int) -> list[Any]:
+        """Those, with so many tokens and sequences: fewer sequences where it has fewer tokens."""
         sizes: dict[Kind, int] = {"tokens": tokens, "sequences": sequences, "offsets": sequences + 1}
         padded = []
-        for given, varying, number in zip(inputs, self._varying, self._numbers, strict=True):
+        for given, varying, number in zip(self.at_rows(inputs, rows), self._varying, self._numbers, strict=True):
             if not isinstance(given, Tensor):
                 padded.append(given if number is None else sizes[number])
                 continue
@@ -76,24 +103,19 @@ class Padding:
                 return False
         return True
 
-    def fill(self, position: int, room: Tensor, given: Tensor, tokens: int) -> None:
+    def fill(self, position: int, room: Tensor, given: Tensor, rows: Rows, tokens: int) -> None:
         """Copy the input at this position to where there is room for more, of so many tokens."""
-        _fill(room, given, self._varying[position], tokens)
+        if self._is_picked[position]:
+            rows.write(given, room)
+        else:
+            _fill(room, given, self._varying[position], tokens)
 
-    def fill_host(
-        self, position: int, room: np.ndarray, given: Tensor, tokens: int, spans: Sequence[tuple[int, int]]
-    ) -> None:
-        """Like `fill`, to a `staging.array`; of an input that is read at new rows only these, spans of the request."""
-        numbers = array(given)
-        if not self._is_picked[position]:
-            return _fill(room, numbers, self._varying[position], tokens)
-        for first, last in spans:
-            room[first:last] = numbers[first:last]
-        return None
-
-
-def _picks(user: fx.Node, node: fx.Node, rows: fx.Node) -> bool:
-    return user.target is torch.ops.aten.index.Tensor and user.args == (node, [rows])
+    def fill_host(self, position: int, room: np.ndarray, given: Tensor, rows: Rows, tokens: int) -> None:
+        """Like `fill`, to a `staging.array`."""
+        if self._is_picked[position]:
+            rows.write(given, torch.from_numpy(room).view(given.dtype))
+        else:
+            _fill(room, array(given), self._varying[position], tokens)
 
 
 def _fill(room: Any, given: Any, varying: Sequence[tuple[int, Kind]], tokens: int) -> None:

@@ -20,7 +20,7 @@ class Plan:
         new = [n - cached for n, cached in zip(request.lengths, self._cached, strict=True)]
         self._begins = list(itertools.accumulate(new, initial=0))
         # Where they begin and end in the request.
-        self.spans = [(end - count, end) for end, count in zip(request.offsets[1:], new, strict=True)]
+        self._spans = [(end - count, end) for end, count in zip(request.offsets[1:], new, strict=True)]
         self.num_sequences, self.num_rows = len(new), self._begins[-1]
 
     def rows(self) -> np.ndarray:
@@ -56,5 +56,5 @@ class Plan:
         self._batch.fill(page_table, valid)
 
     def _fill_rows(self, rows: np.ndarray) -> None:
-        for begin, (first, last) in zip(self._begins, self.spans, strict=False):
+        for begin, (first, last) in zip(self._begins, self._spans, strict=False):
             rows[begin : begin + last - first] = np.arange(first, last)

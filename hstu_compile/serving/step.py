@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hstu_compile.capture import placeholders
-from hstu_compile.passes import cacheable, paged_attention, paged_gate, silu_append, silu_in_place
+from hstu_compile.passes import cacheable, paged_attention, paged_gate, picked_inputs, silu_append, silu_in_place
 from hstu_compile.passes.batch_sizes import BatchSizes, expression
 from hstu_compile.passes.evaluate import Evaluation
 from hstu_compile.passes.graph import argument, is_tensor, shape, value
@@ -122,15 +122,16 @@ class Step:
         self._sequences = Evaluation([self._offsets, *counts, *reads], self.inputs)
         self._is_read = [self.inputs.index(node) for node in self._sequences.reads]
         self.computed_whole = [node for node in paged.computed_whole if node in alive]
+        self.rows = next(n for n in placeholders(self.graph) if n.name == "hstu_compile_rows")
+        self._num_rows, self._num_tokens = expression(shape(self.rows)[0]).name, Size(self._tokens)
+        of_tokens = [x for x in self.inputs if x not in self._sequences.reads and self.sizes.is_of_tokens(x)]
+        self.padding = Padding(self.inputs, self.sizes, picked_inputs.run(of_tokens, self.rows))
         self.graph = fx.GraphModule(self.graph, self.graph.graph)  # Dynamo does not enter the lazy one of make_fx
         (output,) = self.graph.graph.find_nodes(op="output")
         self._outputs = [
             [(dim, Size(n)) for dim, n in enumerate(shape(node)) if not isinstance(n, int)] if is_tensor(node) else None
             for node in output.args[0]
         ]
-        self.rows = next(n for n in placeholders(self.graph) if n.name == "hstu_compile_rows")
-        self._num_rows = expression(shape(self.rows)[0]).name
-        self.padding = Padding(self.inputs, self.sizes, self.rows)
 
     def words(self) -> list[str]:
         """What is computed, and how."""
@@ -149,6 +150,10 @@ class Step:
         symbols = self._check(inputs)
         begins, *others = self._read(inputs)
         offsets = begins.tolist()
+        if (tokens := self._num_tokens.of(symbols)) is not None and tokens < offsets[-1]:
+            raise ValueError(
+                f"serve: the last offset is {offsets[-1]}, expected at most {tokens}, the number of tokens"
+            )
         lengths = histories = first_read = [end - begin for begin, end in itertools.pairwise(offsets)]
         if self._targets is not None:
             histories = [n - targets for n, targets in zip(lengths, others.pop(0).tolist(), strict=True)]
