@@ -151,7 +151,9 @@ def test_portable(capability: int, dim: int, dtype: torch.dtype, page_size: int,
     ],
 )
 def test_hopper(dim: int, dtype: torch.dtype, page_size: int, mask: str, parts: int) -> None:
-    assert_fits(hopper(dim, dtype, page_size, mask, parts), f"product_kernel {parts} parts")
+    kernel = hopper(dim, dtype, page_size, mask, parts)
+    assert_fits(kernel, f"product_kernel {parts} parts")
+    assert kernel.metadata.launch_pdl and kernel.asm["ptx"].count("griddepcontrol.wait") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -168,6 +170,16 @@ def test_silu_append(dim: int, steps: int, dtype: torch.dtype) -> None:
     pieces = silu_append_kv.ROWS * silu_append_kv.COLS * dtype.itemsize // (128 * 16)  # a thread
     assert kernel.asm["ptx"].count("ld.global.v4.b32") == pieces
     assert kernel.asm["ptx"].count("st.global.v4.b32") == 3 * pieces
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_attention_begins_while_its_keys_are_written(early: bool) -> None:
+    with compile_only.target(90), mock.patch.object(silu_append_kv, "may_begin_early", lambda device: early):
+        launch = silu_append_kv.silu_append_launch(
+            *silu_append_tensors(256, torch.bfloat16, 32), (768, 256, 256, 256), Extent(16, 1)
+        )
+        ptx = compile_all([launch], True)["silu_append_kernel"].asm["ptx"]
+    assert ptx.count("griddepcontrol.launch_dependents") == early
 
 
 def test_silu_append_can_be_done_again() -> None:
@@ -255,12 +267,13 @@ def test_launches_can_be_done_again(kernels: Any, parts: int, gated: bool) -> No
         (2048, {}),
     ],
 )
-def test_gate_of_parts(dim: int, change: dict[str, Any], dtype: torch.dtype) -> None:
-    """Parts are on their way to shared memory, 16 bytes at a time, seven together where rows are not long; nothing is
+@pytest.mark.parametrize("parts, together", [(8, 7), (11, 15)])
+def test_gate_of_parts(dim: int, change: dict[str, Any], dtype: torch.dtype, parts: int, together: int) -> None:
+    """Parts are on their way to shared memory, 16 bytes at a time, many together where rows are not long; nothing is
     spilled. A row is summed in the order in which the gate of a whole attention does: threads own the same elements."""
     gate, extent = gate_of(dim, dtype, heads=4, **change), Extent(16, 1, 4096)
-    offsets, sums = torch.zeros(2, dtype=torch.int64), torch.empty(11, 16, 4, dim)
-    partial = PartialSums(sums, dtype, offsets, lambda extent: 11)
+    offsets, sums = torch.zeros(2, dtype=torch.int64), torch.empty(parts, 16, 4, dim)
+    partial = PartialSums(sums, dtype, offsets, lambda extent: parts)
     layouts = []
     for a in (torch.empty(16, 4, dim, dtype=dtype), partial):
         launch = norm_gate_dropout.forward_launch(a, **gate, extent=extent)
@@ -271,7 +284,7 @@ def test_gate_of_parts(dim: int, change: dict[str, Any], dtype: torch.dtype) -> 
     assert layouts[0] == layouts[1] and len(layouts[0]) == (1 if change.get("rms") else 2)
     tile = 4 * launch.constants["ROWS"] * launch.constants["BLOCK"]
     copies = len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10,", kernel.asm["ptx"]))
-    buffers = min(7, partial_sums.SHARED_MEMORY.value // tile)
+    buffers = min(together, partial_sums.SHARED_MEMORY.value // tile)
     assert copies == (buffers + 1) * tile // (16 * 32 * launch.constants["num_warps"])
     assert compile_only.resources(kernel).shared <= partial_sums.SHARED_MEMORY.value
 

@@ -298,7 +298,13 @@ def product(
     arguments = (a_rows, a_rows if da is a else describe(da, ROWS, width))
     arguments += (describe(b, cols, width), describe(c, cols, width), None, None, out, 0.5 * call["alpha"], factor)
     constants = {"DIM": out.ptr.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
-    constants |= {"GRAD": grad, "IN_REGISTERS": width <= 128 and not grad, "REGISTERS": 240, "parts": 1, "EARLY": False}
+    constants |= {
+        "GRAD": grad,
+        "IN_REGISTERS": width <= 128 and not grad,
+        "REGISTERS": 240,
+        "parts": 1,
+        "BEGINS_EARLY": False,
+    }
     return persistent(kernels().product, a, 2 * ROWS, (*arguments, *run.batch), constants, run, counter)
 
 

@@ -43,7 +43,7 @@ from hstu_compile.ops.kernels.attention_sm90_tiles import (
     sequence_of,
     store_rows,
 )
-from hstu_compile.ops.kernels.early_launch import let_next_begin, wait_for_previous
+from hstu_compile.ops.kernels.early_launch import wait_for_previous
 from hstu_compile.ops.kernels.gluon_compat import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from hstu_compile.ops.kernels.mask_tiles import num_tiles
 from hstu_compile.ops.kernels.silu import silu, silu_and_grad
@@ -217,13 +217,13 @@ def product_kernel(
     parts,
     FAMILY: gl.constexpr,
     DIM: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, B_STAGES: gl.constexpr, C_STAGES: gl.constexpr,
-    GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, EARLY: gl.constexpr,
+    GRAD: gl.constexpr, IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, BEGINS_EARLY: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """out[rows] = factor * sum over the streamed tiles of  GRAD ? (f'(a bT) * (da cT)) b : f(a bT) c.
 
     pages: where streamed rows that lie before those of b and c are (paged_attention_sm90.py), or None. Each of `parts`
-    programs sums over a part of the streamed tiles then, and has a result of its own. EARLY: see early_launch.py.
+    programs sums over a part of the streamed tiles then, and has a result of its own. BEGINS_EARLY: early_launch.py.
     """
     batch = Batch(
         each, N, batch_rows, num_heads, contextual_seq_len, target_group_size, max_attn_len, min_full_attn_seq_len,
@@ -238,9 +238,8 @@ def product_kernel(
     b = ring(b_desc, B_STAGES, 1, 2)  # both consumers release a tile
     c = ring(c_desc, C_STAGES, 1, 2)
     queue = tile_queue(3)  # two consumers, the producer
-    if EARLY:
+    if BEGINS_EARLY:
         wait_for_previous()
-        let_next_begin()
     # Twelve warps of 168 registers, for each thread of the consumers REGISTERS and of the others what is left.
     gl.warp_specialize(
         [

@@ -1,8 +1,8 @@
 """Kernels that begin while the one before them ends: programmatic dependent launch (CUDA programming guide; sm_90 on).
 
 A kernel launched so may start once every program of the kernel before has called `let_next_begin`, or has ended. Until
-`wait_for_previous` returns it may read and write nothing in memory; then that kernel is over, and all before it: each
-has itself waited before it let the next one begin.
+`wait_for_previous` returns it may read and write nothing in memory; then that kernel is over. One that calls
+`let_next_begin` was itself launched when all before it were over.
 """
 
 import functools
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @functools.cache
-def begins_early(device: torch.device) -> bool:
+def may_begin_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -11,10 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hstu_compile.ops.kernels.early_launch import begins_early
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, processors, run
 from hstu_compile.ops.kernels.norm_gate_dropout_kernels import backward_kernel, forward_kernel
-from hstu_compile.ops.kernels.partial_sums import PartialSums, Parts
+from hstu_compile.ops.kernels.partial_sums import PartialSums, Parts, buffers_of
 from hstu_compile.ops.kernels.sum_shares import Programs, sum_launches
 
 FORWARD_ELEMENTS = 16  # a thread: two 16-byte loads of 16-bit data
@@ -115,8 +114,7 @@ def forward_launch(
     programs, numbers = sizes(extent)
     arguments = (*tensors, out, *scalars, seq_offsets, numbers.get("batch"), numbers.get("parts"))
     constants |= {"SUM": None if partial is None else getattr(tl, str(partial.dtype).removeprefix("torch."))}
-    early = partial is not None and begins_early(out.device)
-    constants |= {"EARLY": early, "launch_pdl": early}
+    constants |= {"BUFFERS": 0 if partial is None else buffers_of(numbers["parts"])}
     return Launch(forward_kernel, programs, arguments, constants | tile, sizes)
 
 

@@ -9,7 +9,6 @@ this one. Each sums its own share of dweight and dbias.
 import triton
 import triton.language as tl
 
-from hstu_compile.ops.kernels.early_launch import wait_for_previous
 from hstu_compile.ops.kernels.partial_sums import sum_of_parts
 from hstu_compile.ops.kernels.silu import sigmoid
 
@@ -108,14 +107,9 @@ def forward_kernel(
     AFFINE_GROUP: tl.constexpr, AFFINE_COLUMN: tl.constexpr, RMS: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr, CONCAT_ACTIVATED: tl.constexpr,
     CONCAT_U: tl.constexpr, CONCAT_X: tl.constexpr, CONCAT_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SUM: tl.constexpr, EARLY: tl.constexpr,
+    SUM: tl.constexpr, BUFFERS: tl.constexpr,
 ):  # fmt: skip
-    """a: or fp32 parts of it, whose sum, rounded to SUM, is 0 in rows beyond seq_offsets[batch].
-
-    EARLY: see early_launch.py.
-    """
-    if EARLY:
-        wait_for_previous()
+    """a: or fp32 parts of it, whose sum, rounded to SUM, is 0 in rows beyond seq_offsets[batch]."""
     group = tl.program_id(0) % GROUPS
     rows = tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)
     in_group = tl.arange(0, BLOCK)
@@ -128,9 +122,10 @@ def forward_kernel(
     w = load_affine(weight, 1.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     b = load_affine(bias, 0.0, group, in_group, AFFINE_GROUP, AFFINE_COLUMN, in_group < WIDTH)
     if SUM is not None:  # behind the other loads, which are on their way meanwhile
-        summed = inside & (rows < tl.load(seq_offsets + batch))[:, None]
+        end = tl.load(seq_offsets + batch)
         size = tl.cast(T, tl.int64) * (GROUPS * WIDTH)
-        x = sum_of_parts(places, parts, size, summed).to(SUM).to(tl.float32)
+        x = sum_of_parts(places, parts, size, inside, BUFFERS)
+        x = tl.where((rows < end)[:, None], x, 0.0).to(SUM).to(tl.float32)  # not before: the sum would wait for `end`
 
     gate, _ = activated(g, ACTIVATION, fast(u.dtype.element_ty))
     normed = x * gate if GATE_FIRST else x

@@ -27,7 +27,6 @@ from hstu_compile.ops.kernels.attention_sm90 import (
     result_of,
     ticket_sizes,
 )
-from hstu_compile.ops.kernels.early_launch import begins_early
 from hstu_compile.ops.kernels.launch import Extent, Launch, processors
 from hstu_compile.ops.kernels.paged_attention_triton import pages_of
 from hstu_compile.ops.kernels.paged_parts import parts_of, run_in_parts
@@ -115,8 +114,7 @@ def attention_launch(
     )
     constants = {"DIM": q.shape[-1], "D": width, "COLS": cols, "B_STAGES": b_stages, "C_STAGES": c_stages}
     constants |= {"GRAD": False, "IN_REGISTERS": width <= 128, "REGISTERS": REGISTERS}
-    early = begins_early(q.device)
-    constants |= {"EARLY": early, "launch_pdl": early}
+    constants |= {"BEGINS_EARLY": True, "launch_pdl": True}
     constants |= {"FAMILY": family_of(call), "num_warps": 4, "maxnreg": 168}
     return Launch(kernels().product, programs, arguments, constants, sizes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu_compile.ops.kernels.launch import Extent, Launch, Workspace, run
 from hstu_compile.ops.kernels.norm_gate_dropout import forward_launch
-from hstu_compile.ops.kernels.partial_sums import PartialSums, Parts, sum_launch
+from hstu_compile.ops.kernels.partial_sums import PartialSums, Parts, buffers_of, sum_launch
 from hstu_compile.ops.kernels.zero_tail import zero_launch
 
 LEAST = 4  # tiles of keys of the longest sequence in a part: one more part costs as much time as a seventh of a tile
@@ -77,5 +77,5 @@ def run_in_parts(
     tensors = [*operands, out, seq_offsets, call["num_targets"], call["num_contextuals"]]
     if gate is not None:
         tensors += [gate["u"], gate["weight"], gate["bias"]]
-    run(memory, in_parts, tensors, extent, launches)
+    run(memory, in_parts and buffers_of(parts(extent)), tensors, extent, launches)
     return out

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu_compile.ops.kernels.attention_tiles import Sequences
-from hstu_compile.ops.kernels.early_launch import begins_early, let_next_begin
+from hstu_compile.ops.kernels.early_launch import let_next_begin, may_begin_early
 from hstu_compile.ops.kernels.launch import Extent, Launch, run
 from hstu_compile.ops.kernels.paged_attention_triton import pages_of
 from hstu_compile.ops.kernels.silu import silu_of_torch
@@ -67,13 +67,13 @@ def silu_append_kernel(
     x, row_stride, pool, pages, valid_lengths, sequences, total_rows, num_sequences, max_pages, num_pages,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, K_AT: tl.constexpr, K_STEP: tl.constexpr,
     V_AT: tl.constexpr, V_STEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LIBDEVICE: tl.constexpr,
-    EARLY: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
 ):  # fmt: skip
     """x [total_rows, WIDTH]. Candidates have no place, nor has a token whose page is beyond the table or unknown.
 
-    EARLY: the next kernel may begin, see early_launch.py; this one begins when all before it are over.
+    NEXT_EARLY: the kernel behind may begin, see early_launch.py.
     """
-    if EARLY:
+    if NEXT_EARLY:
         let_next_begin()
     blocks = tl.cdiv(WIDTH, COLS)
     rows = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
@@ -147,7 +147,13 @@ def silu_append_launch(
     )
     names = "K_AT", "K_STEP", "V_AT", "V_STEP"
     constants = {"WIDTH": x.shape[1], "HEADS": heads, "DIM": dim, **dict(zip(names, places, strict=True))}
-    constants |= {"ROWS": ROWS, "COLS": COLS, "LIBDEVICE": x.is_cuda, "EARLY": begins_early(x.device), "num_warps": 4}
+    constants |= {
+        "ROWS": ROWS,
+        "COLS": COLS,
+        "LIBDEVICE": x.is_cuda,
+        "NEXT_EARLY": may_begin_early(x.device),
+        "num_warps": 4,
+    }
     return Launch(silu_append_kernel, programs, arguments, constants, sizes)
 
 
