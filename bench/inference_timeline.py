@@ -21,7 +21,7 @@ GAP = 5e-3  # ms
 
 
 def lanes(events: Iterable[Any]) -> list[tuple[str, list[list[float]]]]:
-    """Each stream with its intervals in ms from the first one on: `onload` where most of its time is copies."""
+    """Each stream with its intervals in ms from the first one on, by what takes most of its time; see `directed`."""
     found: dict[int, list[Any]] = {}
     for event in events:
         if event.device_type == DeviceType.CUDA and event.time_range.end > event.time_range.start:
@@ -33,7 +33,13 @@ def lanes(events: Iterable[Any]) -> list[tuple[str, list[list[float]]]]:
         copies = sum(end - start for start, end, is_copy in times if is_copy)
         name = "onload" if copies > 0.5 * sum(end - start for start, end, _ in times) else "compute"
         named.append((name, joined((1e-3 * start, 1e-3 * end) for start, end, _ in times)))
-    return named
+    return directed(named)
+
+
+def directed(lanes: Iterable[tuple[str, list[list[float]]]]) -> list[tuple[str, list[list[float]]]]:
+    """One kernel copies both ways: what copies first is `onload`, and another stream that does so `offload`."""
+    found = sorted(lanes, key=lambda lane: (lane[0] != "onload", lane[1]))
+    return [("offload" if name == "onload" and i else name, intervals) for i, (name, intervals) in enumerate(found)]
 
 
 def joined(intervals: Iterable[tuple[float, float]]) -> list[list[float]]:
@@ -76,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, intervals in known
     ]
     both = {
-        name: [i for other, intervals in known for i in intervals if other == name] for name in ("onload", "compute")
+        name: sorted(i for other, intervals in known for i in intervals if other == name)
+        for name in ("onload", "compute")
     }
     for name, intervals in both.items():
         print(f"{name}: busy {sum(end - start for start, end in intervals):.2f} ms of {intervals[-1][1]:.2f}")

@@ -8,6 +8,7 @@ from bench import convergence as runs
 from bench import layer_figures
 from bench.attention_figures import REFERENCE_LINES
 from bench.convergence_check import smoothed, window
+from bench.inference_timeline import directed
 from bench.tables import ROOT, Row, inference_way, layer_label, layer_steps, results
 
 if TYPE_CHECKING:
@@ -123,10 +124,11 @@ def inference(heading: str, rows: list[Row]) -> "Figure":
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    for line, row in enumerate(timeline):
-        colour = {"onload": "C0", "compute": "C1"}[row["lane"]]
-        last.broken_barh([(start, end - start) for start, end in row["intervals"]], (line - 0.4, 0.8), color=colour)
-    last.set_yticks(range(len(timeline)), [row["lane"] for row in timeline])
+    lanes = directed((row["lane"], row["intervals"]) for row in timeline)
+    for line, (name, intervals) in enumerate(lanes):
+        colour = {"onload": "C0", "compute": "C1", "offload": "C2"}[name]
+        last.broken_barh([(start, end - start) for start, end in intervals], (line - 0.4, 0.8), color=colour)
+    last.set_yticks(range(len(lanes)), [name for name, _ in lanes])
     last.set_title(f"a request of {timeline[0]['batch']} users from the host" if timeline else "no timeline")
     last.set_xlabel("ms")
     return figure

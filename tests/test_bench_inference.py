@@ -48,7 +48,12 @@ def test_lanes_of_a_timeline() -> None:
         event("copy_pages_kernel", 7, 2102, 3500),
         event("product_kernel", 9, 2200, 3000),
         event("product_kernel", 9, 3400, 4000),
+        event("copy_pages_kernel", 8, 4100, 4200),
     ]
     named = dict(inference_timeline.lanes(events))
-    assert named == {"onload": [[0, 2.5]], "compute": [[pytest.approx(1.2), 2], [pytest.approx(2.4), 3]]}
+    assert named == {
+        "onload": [[0, 2.5]],
+        "compute": [[pytest.approx(1.2), 2], [pytest.approx(2.4), 3]],
+        "offload": [[pytest.approx(3.1), pytest.approx(3.2)]],
+    }
     assert inference_timeline.overlap(named["onload"], named["compute"]) == pytest.approx(0.9)
