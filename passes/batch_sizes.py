@@ -19,8 +19,8 @@ def expression(size: Any) -> sympy.Expr:
 class BatchSizes:
     """Of a graph with `tokens` rows in sequences that begin and end at `offsets`.
 
-    An input that is never combined with others has sizes of its own; they are told by what they were when the graph was
-    captured.
+    An input that is never combined with others has sizes of its own. One of each is told by what it was when the graph
+    was captured: the first that was as large as the batch. More are chance, such as two columns and two sequences.
     """
 
     def __init__(self, graph: fx.Graph, tokens: Size, offsets: fx.Node) -> None:
@@ -28,10 +28,18 @@ class BatchSizes:
         self._tokens, self._offsets = expression(tokens), expression(shape(offsets)[0])
         self._kinds: dict[sympy.Expr, Kind | None] = {}
         self._hints = {self._hint(tokens): "tokens", self._hint(shape(offsets)[0]) - 1: "sequences"}
+        self._told = {symbol for node in self._inputs for symbol in self._told_by_hint(node)}
 
     @staticmethod
     def _hint(size: Any) -> int:
         return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # SymNode.hint: torch 2.11, 2.13
+
+    def _told_by_hint(self, node: fx.Node) -> list[sympy.Expr]:
+        """The size of an input that is told by its hint, if there is one."""
+        sizes = shape(node) if is_tensor(node) else ()
+        if any(self._known(expression(size)) for size in sizes):
+            return []
+        return [expression(size) for size in sizes if self._hint(size) in self._hints][:1]
 
     def kind(self, size: Any) -> Kind | None:
         if isinstance(size, int):
@@ -42,14 +50,23 @@ class BatchSizes:
 
     def _kind(self, size: Any) -> Kind | None:
         found = expression(size)
-        for kind, known in (("tokens", self._tokens), ("offsets", self._offsets), ("sequences", self._offsets - 1)):
-            if sympy.simplify(found - known) == 0:
-                return kind  # type: ignore[return-value]
-        if not found.is_Symbol or symbols_of(size) & (self._tokens.free_symbols | self._offsets.free_symbols):
+        if (known := self._known(found)) is not None:
+            return known
+        if (
+            found not in self._told
+            or not found.is_Symbol
+            or symbols_of(size) & (self._tokens.free_symbols | self._offsets.free_symbols)
+        ):
             return None
         if found in self.numbers.values():
             return None
         return self._hints.get(self._hint(size))  # type: ignore[return-value]
+
+    def _known(self, size: sympy.Expr) -> Kind | None:
+        for kind, known in (("tokens", self._tokens), ("offsets", self._offsets), ("sequences", self._offsets - 1)):
+            if sympy.simplify(size - known) == 0:
+                return kind  # type: ignore[return-value]
+        return None
 
     def is_of_tokens(self, node: fx.Node) -> bool:
         """Whether a node has a row for each token, and no other size of a batch."""

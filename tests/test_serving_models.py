@@ -13,7 +13,7 @@ from hstu_compile.serving import NotServable
 from hstu_compile.serving import engine as engine_module
 from tests.models.cases import MODELS
 from tests.models.meta_stu import MetaSTU
-from tests.models.ranking import WIDTH, Ranking
+from tests.models.ranking import ITEMS, WIDTH, Ranking
 from tests.serving_traffic import MAX_SEQ_LEN, Traffic
 
 
@@ -214,3 +214,26 @@ def test_served(model: Callable[..., nn.Module]) -> None:
     for histories in ((7, 4), (8, 20), (30, 20)):
         args = traffic.request(["a", "b"], histories, [0, 1])
         traffic.check(engine(["a", "b"], *args), args)
+
+
+class TwoColumns(Ranking):
+    """As many as there are users in the first request."""
+
+    def embed(self, ids: Tensor, offsets: Tensor, num_targets: Tensor, timestamps: Tensor | None) -> Tensor:
+        return super().embed(ids[:, 0], offsets, num_targets, None) + self.items(ids[:, 1])
+
+
+def test_an_input_that_is_as_wide_as_the_batch() -> None:
+    model = TwoColumns(layers=2).eval()
+    traffic = Traffic(model)
+    single = traffic.request
+
+    def request(*sizes: list) -> tuple:
+        ids, *others = single(*sizes)
+        return torch.stack([ids, 7 * ids % ITEMS], dim=1), *others
+
+    traffic.request = request  # type: ignore[method-assign]
+    engine = hstu_compile.serve(model, max_batch=4, max_seq_len=MAX_SEQ_LEN, page_size=16)
+    for users, histories in ((["a", "b"], [7, 4]), (["a", "b", "c"], [8, 20, 5]), (["c"], [9])):
+        args = traffic.request(users, histories, [1] * len(users))
+        traffic.check(engine(users, *args), args)
