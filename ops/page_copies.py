@@ -35,8 +35,8 @@ class PageCopies:
     def __init__(self, pages: array, parts: Sequence[Tensor]) -> None:
         self._pages = np.frombuffer(pages, dtype=np.int32).astype(np.int64)
         self._parts = parts  # keeps what the kernel copies
-        alike = len({part.stride(0) for part in parts}) == 1 or parts[0].shape[0] == 1
-        self._by_kernel = alike and all(map(addressable, parts)) and _kernels() is not None
+        alike = parts[0].shape[0] == 1 or len({part.stride(0) for part in parts}) == 1
+        self._by_kernel = alike and addressable(parts) and _kernels() is not None
         self._distances: Tensor | None = None  # on the GPU
 
     def load(self, pool: Tensor, layer: int) -> None:
@@ -71,10 +71,18 @@ class PageCopies:
         return found.pin_memory().to(pool.device, non_blocking=True) if pool.is_cuda else found
 
 
-def addressable(part: Tensor) -> bool:
-    """Whether a GPU can read and write pages, [num_layers, n, ...], where they are: pinned, aligned, whole."""
-    aligned = not (part.data_ptr() | part.stride(0) * part.element_size() | _page_bytes(part)) % ALIGNMENT
-    return aligned and part[:1, :1].is_contiguous() and part.is_pinned()
+def addressable(parts: Sequence[Tensor]) -> bool:
+    """Whether a GPU can read and write pages, [num_layers, n, ...], where they are: pinned, aligned, each in one piece.
+
+    A request has many parts, mostly of one memory, and waits meanwhile: what they share is asked for once.
+    """
+    memory = {part.untyped_storage().data_ptr(): part for part in parts}
+    inner = {(part.shape[2:], part.stride()[2:]): part for part in parts}
+    together = 0
+    for part in parts:
+        together |= part.data_ptr() | part.stride(0) * part.element_size() | _page_bytes(part)
+    whole = all(part[:1, :1].is_contiguous() for part in inner.values())
+    return whole and not together % ALIGNMENT and all(part.is_pinned() for part in memory.values())
 
 
 @functools.cache
@@ -91,7 +99,6 @@ def _page_bytes(part: Tensor) -> int:
 
 def _distances(parts: Sequence[Tensor]) -> np.ndarray:
     """Bytes from the first page to each, int64 [pages]."""
-    counts = [part.shape[1] for part in parts]
-    starts = np.array([part.data_ptr() for part in parts])
-    within = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
-    return np.repeat(starts - starts[0], counts) + within * np.repeat([*map(_page_bytes, parts)], counts)
+    first = parts[0].data_ptr()
+    each = [np.arange(part.shape[1]) * _page_bytes(part) + (part.data_ptr() - first) for part in parts]
+    return each[0] if len(each) == 1 else np.concatenate(each)

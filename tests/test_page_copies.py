@@ -68,7 +68,7 @@ def test_on_a_gpu(check: Any, pinned: bool) -> None:
     for _ in range(3):
         host = numbers(LAYERS, 24)
         host = host.pin_memory() if pinned else host
-        assert addressable(host[:, 3:4]) == pinned
+        assert addressable([host[:, 3:4]]) == pinned
         check(host, "cuda")
 
 
@@ -89,15 +89,17 @@ def test_parts_that_are_not_laid_out_alike() -> None:
 
 
 def test_what_the_kernel_cannot_address() -> None:
-    assert not addressable(numbers(LAYERS, 4))  # not pinned
+    assert not addressable([numbers(LAYERS, 4)])  # not pinned
 
 
 @pytest.mark.cuda
 def test_pinned_memory_that_the_kernel_cannot_address() -> None:
     host = numbers(LAYERS, 4).pin_memory()
-    assert addressable(host) and addressable(host[:, 1:2]) and addressable(host[1:2, 2:])
-    assert not addressable(host.transpose(2, 3))
-    assert not addressable(torch.empty(2 * 99, dtype=torch.int16).pin_memory()[1:].view(1, 1, 197))
+    good = [host, host[:, 1:2], host[1:2, 2:]]
+    odd = torch.empty(2 * 99, dtype=torch.int16).pin_memory()[1:].view(1, 1, 197)
+    assert addressable(good)
+    for bad in (host.transpose(2, 3), odd, numbers(LAYERS, 4)):
+        assert not addressable([bad]) and not addressable([*good, bad])
 
 
 def test_registers() -> None:

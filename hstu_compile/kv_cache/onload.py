@@ -126,7 +126,7 @@ class LayerwiseLoad:
         for user in self.users:
             parts += self._parts_of(user, layer)
             pages.extend(user.pages[: user.valid])
-        if layer is not None and self._pools[0].is_cuda and not all(map(addressable, parts)):
+        if layer is not None and self._pools[0].is_cuda and not addressable(parts):
             parts = [torch.cat(parts, dim=1).pin_memory()]
         return PageCopies(pages, parts) if pages else None
 
