@@ -37,7 +37,8 @@ class PageCopies:
         self._parts = parts  # keeps what the kernel copies
         alike = parts[0].shape[0] == 1 or len({part.stride(0) for part in parts}) == 1
         self._by_kernel = alike and addressable(parts) and _kernels() is not None
-        self._distances: Tensor | None = None  # on the GPU
+        self._distances: Tensor | None = None  # these two are where the pools are, once they are asked for
+        self._chosen: Tensor | None = None
 
     def load(self, pool: Tensor, layer: int) -> None:
         """pool[pages] = the parts' layer, one behind the other, in the order of the current stream."""
@@ -67,8 +68,10 @@ class PageCopies:
 
     def _indices(self, pool: Tensor) -> Tensor:
         """int64 [pages]; the host does not wait for them."""
-        found = torch.from_numpy(self._pages)
-        return found.pin_memory().to(pool.device, non_blocking=True) if pool.is_cuda else found
+        if self._chosen is None:
+            found = torch.from_numpy(self._pages)
+            self._chosen = found.pin_memory().to(pool.device, non_blocking=True) if pool.is_cuda else found
+        return self._chosen
 
 
 def addressable(parts: Sequence[Tensor]) -> bool:

@@ -121,7 +121,7 @@ def test_promise_5_copies_under_way_land_before_the_recomputed_tokens() -> None:
     assert not server.wrong
 
 
-def test_promise_5_nothing_is_copied_once_a_load_is_cancelled() -> None:
+def test_promise_5_nothing_is_copied_once_a_load_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     """The step is aborted while the storage reads."""
 
     class Slow(PoisonedMemory):
@@ -139,6 +139,7 @@ def test_promise_5_nothing_is_copied_once_a_load_is_cancelled() -> None:
     given = len(server.cache.streams.onload.work)  # type: ignore[attr-defined]
     reader.run_all()
     assert not batch.is_open and len(server.cache.streams.onload.work) == given  # type: ignore[attr-defined]
+    assert not caplog.records  # it has not failed
     server.step([2], [2 * PAGE])  # in the same pages
     server.time_passes()
     assert not server.wrong

@@ -120,15 +120,18 @@ class LayerwiseLoad:
                 user.valid, user.reason, user.is_wrong = valid, reason, True
 
     def _read(self, layer: int | None = None) -> PageCopies | None:
-        """The valid pages of all users, of one layer or all; None: there are none."""
+        """The valid pages of all users, of one layer or all; None: there are none, or the load is cancelled."""
         parts: list[Tensor] = []
         pages = array("i")
         for user in self.users:
             parts += self._parts_of(user, layer)
             pages.extend(user.pages[: user.valid])
+        if not parts:
+            return None
         if layer is not None and self._pools[0].is_cuda and not addressable(parts):
             parts = [torch.cat(parts, dim=1).pin_memory()]
-        return PageCopies(pages, parts) if pages else None
+        self._copies.append(PageCopies(pages, parts))
+        return self._copies[-1]
 
     def _give(self, layer: int, copies: PageCopies | None, index: int) -> None:
         """index: of the layer among those that were read."""
@@ -138,7 +141,6 @@ class LayerwiseLoad:
                 return
             try:
                 if copies is not None:
-                    self._copies.append(copies)
                     self._stream.run(lambda: copies.load(pool, index))
             finally:
                 self._events.append(self._stream.record())
