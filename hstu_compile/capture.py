@@ -46,6 +46,11 @@ def placeholders(gm: torch.nn.Module) -> list[fx.Node]:
     return list(graph.find_nodes(op="placeholder"))
 
 
+def end_of(gm: fx.GraphModule) -> Any:
+    """Why Dynamo ended this graph, and at which of the user's lines; None if that is not known."""
+    return getattr(gm, "compile_subgraph_reason", None)  # private; read in torch 2.11 and 2.13
+
+
 def capture(gm: fx.GraphModule) -> fx.GraphModule:
     """The ATen graph of a graph that Dynamo made; `gm` itself is left alone.
 
@@ -69,7 +74,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         new._rename(old.name)
         new.target = new.name
         new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
-    ends = getattr(gm, "compile_subgraph_reason", None)  # where, of the user's lines, and why (torch 2.11 and 2.13)
+    ends = end_of(gm)
     if ends is not None and ends.user_stack:
         captured.graph.output_node().meta["stack_trace"] = "".join(format_list(ends.user_stack))
     captured.recompile()

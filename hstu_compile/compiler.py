@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from hstu_compile.assumptions import offer_contents, while_they_hold
-from hstu_compile.capture import NotCaptured, capture, graft, placeholders
+from hstu_compile.capture import NotCaptured, capture, end_of, graft, placeholders
 from hstu_compile.ops import validation
 from hstu_compile.options import KNOWN, Options, split
 from hstu_compile.passes import apply, parts
@@ -197,7 +197,7 @@ def _is_glue(gm: fx.GraphModule) -> bool:
     """A piece that a graph break left over, without any product of activations: nothing to match, nothing missed."""
     if not any(isinstance(n.meta.get("example_value"), Tensor) for n in placeholders(gm)):
         return True
-    reason = getattr(gm, "compile_subgraph_reason", None)
+    reason = end_of(gm)
     resumed = any("torch_dynamo_resume_in_" in node.meta.get("stack_trace", "") for node in gm.graph.nodes)
     if not (resumed or getattr(reason, "graph_break", False)):
         return False

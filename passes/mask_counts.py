@@ -5,6 +5,7 @@ from torch import fx
 
 from hstu_compile.passes.attention_operands import Layout
 from hstu_compile.passes.attention_scores import Term
+from hstu_compile.passes.evaluate import ancestors
 from hstu_compile.passes.graph import aten, cast, insert_call, shape, value
 from hstu_compile.passes.mask_meaning import MaskMeaning
 
@@ -46,17 +47,7 @@ def _mask_of(layout: Layout, meaning: MaskMeaning) -> fx.Node:
     scores = layout.region.scores
     masks = [term.node for term in (*scores.masks, *scores.weights) if term.role != "divides"]
     masks += [bias.node for bias in scores.biases]
-    return next((mask for mask in masks if meaning.seq_lengths in _behind(mask)), layout.region.before)
-
-
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """All that it is made of."""
-    seen, todo = {node}, [node]
-    while todo:
-        new = set(todo.pop().all_input_nodes) - seen
-        seen |= new
-        todo += new
-    return seen
+    return next((mask for mask in masks if meaning.seq_lengths in ancestors([mask])), layout.region.before)
 
 
 def _flat(count: fx.Node | None, before: fx.Node) -> fx.Node | None:

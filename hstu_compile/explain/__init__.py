@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hstu_compile.capture import end_of
 from hstu_compile.compiler import hand_over, rewrite
 from hstu_compile.explain import graph_breaks
 from hstu_compile.options import split
@@ -56,7 +57,7 @@ def explain(model: Callable, *args: Any, **kwargs: Any) -> Explanation:
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
         captured, _, _, report = rewrite(gm, example_inputs, options)
         explanation.reports.append(report)
-        reason = getattr(gm, "compile_subgraph_reason", None)  # torch 2.11 and 2.13
+        reason = end_of(gm)
         if reason is not None and reason.graph_break:
             reasons.append(reason)
         if captured is None or options.recompute_budget is None:
