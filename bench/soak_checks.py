@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bench.inference_problem import on
 from bench.soak_traffic import FailingMemory, Request
 from hstu_compile.kv_cache import Key, KVCache
-from hstu_compile.kv_cache.free_runs import pages_in
 from hstu_compile.serving import Answer, Engine
 from hstu_compile.verify import FORWARD, figures_of
 
@@ -94,7 +93,7 @@ class Ledger:
         assert isinstance(storage, FailingMemory)
         expect("users of the host with references", len(host._recency._references), 0)
         expect("pages waiting to be written", host._writing_pages, 0)
-        by_user = {key: pages_in(runs) for key, runs in storage._runs.items()}
+        by_user = {key: pages.tolist() for key, pages in storage._numbers.items()}
         stored = [page for pages in by_user.values() for page in pages]
         expect("pages of the storage", sorted([*stored, *storage._free]), list(range(storage.num_pages)))
         expect("pages counted by the host", host.num_pages, len(stored))

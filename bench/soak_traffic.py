@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.inference_problem import NUM_ITEMS
 from hstu_compile.kv_cache import Key, MemoryStorage, StorageError
-from hstu_compile.kv_cache.free_runs import pages_in
+from hstu_compile.kv_cache.storage import NO_PAGES
 
 FORGOTTEN = 0.005  # of the users of requests: their history is another one from here on
 
@@ -121,6 +121,7 @@ class FailingMemory(MemoryStorage):
         return super().read(key, layer, num_pages - (fault.kind == "short"))
 
     def truncate(self, key: Key, num_pages: int) -> None:
-        dropped = pages_in(self._runs.get(key, ()))[num_pages:] + pages_in(self._reserved.get(key, ()))
+        dropped = self._numbers.get(key, NO_PAGES)[num_pages:], self._reserved.get(key, NO_PAGES)
         super().truncate(key, num_pages)
-        self._memory[:, dropped] = torch.nan
+        for pages in dropped:
+            self._memory[:, torch.from_numpy(pages)] = torch.nan

@@ -11,7 +11,7 @@ import threading
 from array import array
 from collections.abc import Hashable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,21 @@ _memory: dict[Hashable, Any] = {}
 _lock = threading.Lock()  # pages are loaded and stored in threads of their own
 
 
+class HostPages(NamedTuple):
+    """Pages in host memory, wherever they lie in it: a number each, and no tensor."""
+
+    memory: Tensor  # [num_layers, N, ...]
+    numbers: np.ndarray  # [n] int64: which of the N, in their order
+
+    @classmethod
+    def all_of(cls, memory: Tensor) -> "HostPages":
+        return cls(memory, np.arange(memory.shape[1]))
+
+    def layer(self, layer: int) -> Tensor:
+        """[n, ...], a copy."""
+        return self.memory[layer].index_select(0, torch.from_numpy(self.numbers))
+
+
 class PageCopies:
     """Copies of pages, layer by layer, between host memory that is laid out alike in every layer and a pool each.
 
@@ -29,32 +44,35 @@ class PageCopies:
 
     Args:
         pages: numbers of pages of a pool, none twice.
-        parts: [num_layers, n, ...] each, together as many pages, in host memory.
+        parts: together as many pages.
     """
 
-    def __init__(self, pages: array, parts: Sequence[Tensor]) -> None:
+    def __init__(self, pages: array, parts: Sequence[HostPages]) -> None:
         self._pages = np.frombuffer(pages, dtype=np.int32).astype(np.int64)
         self._parts = parts  # keeps what the kernel copies
-        alike = parts[0].shape[0] == 1 or len({part.stride(0) for part in parts}) == 1
-        self._by_kernel = alike and addressable(parts) and _kernels() is not None
+        memories = list({id(part.memory): part.memory for part in parts}.values())
+        alike = memories[0].shape[0] == 1 or len({memory.stride(0) for memory in memories}) == 1
+        self._by_kernel = alike and addressable(memories) and _kernels() is not None
         self._distances: Tensor | None = None  # these two are where the pools are, once they are asked for
         self._chosen: Tensor | None = None
 
     def load(self, pool: Tensor, layer: int) -> None:
         """pool[pages] = the parts' layer, one behind the other, in the order of the current stream."""
         if self._by_kernel and pool.is_cuda:
-            self._copy(pool, self._parts[0][layer], pool, into_pool=True)
+            self._copy(pool, self._parts[0].memory[layer], pool, into_pool=True)
         else:
-            pool.index_copy_(0, self._indices(pool), torch.cat([part[layer] for part in self._parts]).to(pool.device))
+            pool.index_copy_(
+                0, self._indices(pool), torch.cat([part.layer(layer) for part in self._parts]).to(pool.device)
+            )
 
     def store(self, pool: Tensor, layer: int) -> None:
         """The parts' layer, one behind the other, = pool[pages], in the order of the current stream."""
         if self._by_kernel and pool.is_cuda:
-            self._copy(pool, pool, self._parts[0][layer], into_pool=False)
+            self._copy(pool, pool, self._parts[0].memory[layer], into_pool=False)
         else:
-            found = pool.index_select(0, self._indices(pool))
-            for part, piece in zip(self._parts, found.split([part.shape[1] for part in self._parts]), strict=True):
-                part[layer].copy_(piece, non_blocking=True)
+            found = pool.index_select(0, self._indices(pool)).cpu()
+            for part, piece in zip(self._parts, found.split([len(part.numbers) for part in self._parts]), strict=True):
+                part.memory[layer].index_copy_(0, torch.from_numpy(part.numbers), piece)
 
     def _copy(self, pool: Tensor, source: Tensor, target: Tensor, into_pool: bool) -> None:
         step, kernels = pool.stride(0) * pool.element_size(), _kernels()
@@ -74,18 +92,13 @@ class PageCopies:
         return self._chosen
 
 
-def addressable(parts: Sequence[Tensor]) -> bool:
-    """Whether a GPU can read and write pages, [num_layers, n, ...], where they are: pinned, aligned, each in one piece.
-
-    A request has many parts, mostly of one memory, and waits meanwhile: what they share is asked for once.
-    """
-    memory = {part.untyped_storage().data_ptr(): part for part in parts}
-    inner = {(part.shape[2:], part.stride()[2:]): part for part in parts}
+def addressable(memories: Sequence[Tensor]) -> bool:
+    """Whether a GPU can use pages, [num_layers, N, ...], where they are: pinned, aligned, each in one piece."""
     together = 0
-    for part in parts:
-        together |= part.data_ptr() | part.stride(0) * part.element_size() | _page_bytes(part)
-    whole = all(part[:1, :1].is_contiguous() for part in inner.values())
-    return whole and not together % ALIGNMENT and all(part.is_pinned() for part in memory.values())
+    for memory in memories:
+        together |= memory.data_ptr() | memory.stride(0) * memory.element_size() | _page_bytes(memory)
+    whole = all(memory[:1, :1].is_contiguous() for memory in memories)
+    return whole and not together % ALIGNMENT and all(memory.is_pinned() for memory in memories)
 
 
 @functools.cache
@@ -95,13 +108,12 @@ def _kernels() -> ModuleType | None:
     return importlib.import_module("hstu_compile.ops.kernels.page_copies")
 
 
-def _page_bytes(part: Tensor) -> int:
+def _page_bytes(memory: Tensor) -> int:
     """From page to page."""
-    return part.stride(1) * part.element_size()
+    return memory.stride(1) * memory.element_size()
 
 
-def _distances(parts: Sequence[Tensor]) -> np.ndarray:
-    """Bytes from the first page to each, int64 [pages]."""
-    first = parts[0].data_ptr()
-    each = [np.arange(part.shape[1]) * _page_bytes(part) + (part.data_ptr() - first) for part in parts]
-    return each[0] if len(each) == 1 else np.concatenate(each)
+def _distances(parts: Sequence[HostPages]) -> np.ndarray:
+    """Bytes from where the first part's memory begins to each page, int64 [pages]."""
+    first = parts[0].memory.data_ptr()
+    return np.concatenate([p.numbers * _page_bytes(p.memory) + (p.memory.data_ptr() - first) for p in parts])

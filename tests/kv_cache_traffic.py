@@ -7,8 +7,7 @@ from random import Random
 import pytest
 from torch import Tensor
 
-from hstu_compile.kv_cache import CapacityError, HostKVStorageManager, Key, KVCache, PageLayout, StorageError
-from hstu_compile.kv_cache.free_runs import pages_in
+from hstu_compile.kv_cache import CapacityError, HostKVStorageManager, HostPages, Key, KVCache, PageLayout, StorageError
 from hstu_compile.kv_cache.onload import AtOnce
 from tests.kv_cache_steps import LAYOUT, Later, PoisonedGpu, PoisonedMemory, Server, late_streams
 
@@ -25,15 +24,15 @@ class Unreliable(PoisonedMemory):
         super().__init__(layout, num_pages)
         self.damaged: set[int] = set()
 
-    def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
+    def reserve(self, key: Key, num_pages: int) -> HostPages:
         memory = super().reserve(key, num_pages)
-        self.damaged -= set(pages_in(self._reserved[key]))
+        self.damaged -= set(memory.numbers.tolist())
         return memory
 
     def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
         if self.is_broken and layer:
             raise ConnectionError("lost")
-        for valid, page in enumerate(pages_in(self._runs[key])[:num_pages] if layer else ()):
+        for valid, page in enumerate(self._numbers[key][:num_pages].tolist() if layer else ()):
             if page in self.damaged:
                 raise StorageError("not what was written", valid_pages=valid)
         return super().read(key, layer, num_pages)
@@ -119,7 +118,7 @@ class Traffic:
         self.reader.hangs = rng.random() < 0.15
         if self.host is not None:
             self.storage.is_broken = rng.random() < 0.2
-            if stored := [page for runs in self.storage._runs.values() for page in pages_in(runs)]:
+            if stored := [page for pages in self.storage._numbers.values() for page in pages.tolist()]:
                 self.storage.damaged.add(rng.choice(stored))
         if rng.random() < 0.5:
             self.reader.later.run_all()
@@ -165,8 +164,8 @@ class Traffic:
         assert gpu._evictable == sum(len(gpu._histories[key].pages) for key in idle)
         assert set(gpu._recency.idle()) == set(idle)
         if self.host is not None:
-            stored = [page for runs in self.storage._runs.values() for page in pages_in(runs)]
-            stored += [page for runs in self.storage._reserved.values() for page in pages_in(runs)]
+            stored = [page for pages in self.storage._numbers.values() for page in pages.tolist()]
+            stored += [page for pages in self.storage._reserved.values() for page in pages.tolist()]
             assert len(set(stored)) == len(stored) == self.host.num_pages <= self.host.capacity_pages
             assert len(stored) + len(self.storage._free) == self.storage.num_pages
             assert self.host.num_pages == sum(pages.taken for pages in self.host._users.values())

@@ -12,6 +12,7 @@ from hstu_compile.kv_cache import (
     DiskStorage,
     GpuKVCacheManager,
     HostKVStorageManager,
+    HostPages,
     Key,
     KVCache,
     LoadFailed,
@@ -184,7 +185,8 @@ def test_promise_5_corrupt_files_are_computed_again(tmp_path) -> None:  # type: 
 def test_a_copy_to_the_host_that_fails_costs_nothing_but_the_pages_there() -> None:
     class NoRoom(PoisonedMemory):
         def reserve(self, key, num_pages):  # type: ignore[no-untyped-def]
-            return [part[:, :, :, :, :, :1] for part in super().reserve(key, num_pages)]  # of a wrong shape
+            memory, numbers = super().reserve(key, num_pages)
+            return HostPages(memory[:, :, :, :, :, :1], numbers)  # of a wrong shape
 
     server = late_server(2, NoRoom(LAYOUT, 10))
     server.cache = KVCache(server.cache.gpu, server.cache.host, max_batch_size=4, max_seq_len=600)  # plain streams
@@ -201,22 +203,30 @@ class OneTooFew(PoisonedMemory):
     """User 1 gets a page less, user 2 one more: together as many as were asked for."""
 
     def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
-        parts = list(super().read_all(key, num_pages))
-        return [*parts[:-1], parts[-1][:, :-1]] if key.user == 1 else [*parts, parts[0][:, :1]]
+        memory, numbers = super().read_all(key, num_pages)
+        return HostPages(memory, numbers[:-1] if key.user == 1 else numbers[[*range(num_pages), 0]])
 
 
 class OfAnotherType(PoisonedMemory):
     def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
-        return [part.half() for part in super().read_all(key, num_pages)]
+        memory, numbers = super().read_all(key, num_pages)
+        return HostPages(memory.half(), numbers)
+
+
+class FromOutside(PoisonedMemory):
+    def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
+        memory, numbers = super().read_all(key, num_pages)
+        return HostPages(memory, numbers + memory.shape[1])
 
 
 class OfAnotherShape(PoisonedMemory):
     def read_all(self, key, num_pages):  # type: ignore[no-untyped-def]
-        return [part.transpose(2, 3) for part in super().read_all(key, num_pages)]
+        memory, numbers = super().read_all(key, num_pages)
+        return HostPages(memory.transpose(2, 3), numbers)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("kind", [OneTooFew, OfAnotherType, OfAnotherShape])
+@pytest.mark.parametrize("kind", [OneTooFew, OfAnotherType, OfAnotherShape, FromOutside])
 def test_promise_5_what_was_not_asked_for_is_not_served(kind: type[PoisonedMemory], at_once: bool) -> None:
     storage = kind(LAYOUT, 40)
     storage.reads_at_once = at_once
@@ -226,7 +236,7 @@ def test_promise_5_what_was_not_asked_for_is_not_served(kind: type[PoisonedMemor
     batch = server.cache.begin([1, 2], [3 * PAGE, 3 * PAGE], version=0)
     with pytest.raises(LoadFailed) as failed:
         batch.wait_layer(0)
-    assert set(failed.value.users) == {1, 2}
+    assert set(failed.value.users) == {1, 2} and all("were read" in why for why in failed.value.users.values())
     batch.abort()
 
 

@@ -19,7 +19,7 @@ from hstu_compile.kv_cache import (
     PageLayout,
     StorageError,
 )
-from hstu_compile.kv_cache.free_runs import FreeRuns
+from hstu_compile.kv_cache.free_runs import FreeRuns, pages_in, runs_of
 from hstu_compile.kv_cache.onload import AtOnce
 
 LAYOUT = PageLayout(num_layers=2, num_heads=2, head_dim=4, page_size=16, dtype=torch.bfloat16)
@@ -34,13 +34,9 @@ def storage(request, tmp_path: Path) -> KVStorage:  # type: ignore[no-untyped-de
 def append(storage: KVStorage, key: Key, first: int, num_pages: int) -> Tensor:
     """Random pages [num_layers, num_pages, ...], stored."""
     pages = torch.randn(LAYOUT.num_layers, num_pages, *LAYOUT.shape).to(LAYOUT.dtype)
-    memory = storage.reserve(key, num_pages)
-    done = 0
-    for part in memory:
-        part.copy_(pages[:, done : done + part.shape[1]])
-        done += part.shape[1]
-    assert done == num_pages
-    storage.append(key, first, memory)
+    reserved = storage.reserve(key, num_pages)
+    reserved.memory[:, reserved.numbers] = pages
+    storage.append(key, first, reserved)
     return pages
 
 
@@ -84,7 +80,7 @@ def test_memory_is_read_where_it_is_and_as_few_parts() -> None:
     append(storage, A, 2, 7)
     assert [part.shape[0] for part in storage.read(A, 0, 9)] == [2, 7]
     storage.truncate(A, 0)
-    assert [part.shape[1] for part in storage.reserve(A, 9)] == [7, 2]
+    assert [end - begin for begin, end in runs_of(storage.reserve(A, 9).numbers)] == [7, 2]
     with pytest.raises(StorageError, match="8 pages are asked for, expected at most 0"):
         storage.reserve(B, 8)
 
@@ -107,6 +103,12 @@ def test_free_pages_are_runs_of_neighbours(data: st.DataObject) -> None:
         if longest:
             assert len(runs := free.take(longest)) == 1  # neighbours were joined
             free.give(runs[0])
+
+
+def test_runs_of_pages() -> None:
+    for runs in ([], [(3, 4)], [(0, 2), (5, 9)], [(7, 9), (0, 1), (3, 7)]):
+        assert runs_of(pages_in(runs)) == runs
+    assert runs_of(pages_in([(4, 6), (6, 7)])) == [(4, 7)]
 
 
 def _consecutive(pages: list[int]) -> list[list[int]]:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu_compile.kv_cache.free_runs import pages_in
 from hstu_compile.ops.kernels import page_copies as kernels
 from hstu_compile.ops.kernels.launch import Extent
-from hstu_compile.ops.page_copies import PageCopies, addressable
+from hstu_compile.ops.page_copies import HostPages, PageCopies, addressable
 
 SHAPE = (2, 16, 3, 8)  # of a page; 1536 bytes in bf16, no multiple of what a program copies at once
 ON_HOST = [(7, 9), (0, 1), (20, 24), (3, 4)]  # runs of the host's pages
@@ -27,8 +28,9 @@ def numbers(*pages: int, device: str = "cpu") -> Tensor:
     return torch.randn(*pages, *SHAPE, device="cpu").to(torch.bfloat16).to(device)
 
 
-def chosen(host: Tensor) -> list[Tensor]:
-    return [host[:, first:last] for first, last in ON_HOST]
+def chosen(host: Tensor) -> list[HostPages]:
+    """Of two users."""
+    return [HostPages(host, pages_in(ON_HOST[:2])), HostPages(host, pages_in(ON_HOST[2:]))]
 
 
 def check_load(host: Tensor, device: str) -> None:
@@ -36,7 +38,7 @@ def check_load(host: Tensor, device: str) -> None:
     for layer in range(LAYERS):
         pool = numbers(12, device=device)
         expected, before = pool.cpu(), host.clone()
-        expected[list(PAGES)] = torch.cat(chosen(host), dim=1)[layer]
+        expected[list(PAGES)] = host[layer, pages_in(ON_HOST)]
         copies.load(pool, layer)
         assert torch.equal(pool.cpu(), expected) and torch.equal(host, before)
 
@@ -45,10 +47,8 @@ def check_store(host: Tensor, device: str) -> None:
     copies = PageCopies(PAGES, chosen(host))
     for layer in range(LAYERS):
         pool = numbers(12, device=device)
-        expected, before, at = host.clone(), pool.clone(), 0
-        for first, last in ON_HOST:
-            expected[layer, first:last] = before.cpu()[list(PAGES[at : at + last - first])]
-            at += last - first
+        expected, before = host.clone(), pool.clone()
+        expected[layer, pages_in(ON_HOST)] = before.cpu()[list(PAGES)]
         copies.store(pool, layer)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -76,7 +76,7 @@ def test_on_a_gpu(check: Any, pinned: bool) -> None:
 def test_parts_that_are_not_laid_out_alike() -> None:
     """Each with memory of its own: from layer to layer it is further in a larger one."""
     parts = [numbers(LAYERS, last - first).pin_memory() for first, last in ON_HOST]
-    copies, pool = PageCopies(PAGES, parts), numbers(12, device="cuda")
+    copies, pool = PageCopies(PAGES, [HostPages.all_of(part) for part in parts]), numbers(12, device="cuda")
     for layer in range(LAYERS):
         expected = pool.cpu()
         expected[list(PAGES)] = torch.cat([part[layer] for part in parts])

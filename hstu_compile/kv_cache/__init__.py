@@ -42,12 +42,14 @@ from hstu_compile.kv_cache.gpu import CapacityError, GpuKVCacheManager
 from hstu_compile.kv_cache.host import HostKVStorageManager
 from hstu_compile.kv_cache.layout import Key, PageLayout
 from hstu_compile.kv_cache.storage import KVStorage, MemoryStorage, StorageError
+from hstu_compile.ops.page_copies import HostPages
 
 __all__ = [
     "Batch",
     "CapacityError",
     "DiskStorage",
     "GpuKVCacheManager",
+    "HostPages",
     "HostKVStorageManager",
     "KVCache",
     "KVStorage",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hstu_compile.kv_cache.layout import Key, PageLayout
 from hstu_compile.kv_cache.storage import KVStorage, StorageError
+from hstu_compile.ops.page_copies import HostPages
 
 _MAGIC = b"HSTUKV01"
 _START = struct.Struct("<8sII")  # magic, length and checksum of the header
@@ -84,10 +85,10 @@ class DiskStorage(KVStorage):
         self._extents = {key: extents for key, extents in self._extents.items() if extents}
         return [(key, extents[-1].first + extents[-1].count) for key, extents in self._extents.items()]
 
-    def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
+    def append(self, key: Key, first_page: int, pages: HostPages) -> None:
         folder = self._root / sha256(json.dumps(key).encode()).hexdigest()[:32]
         folder.mkdir(exist_ok=True)
-        count = sum(part.shape[1] for part in pages)
+        count = len(pages.numbers)
         path = folder / f"{first_page:08d}-{count:08d}.kv"
         temporary = path.with_suffix(".part")
         layers, size = self.layout.num_layers, self.layout.layer_bytes
@@ -96,7 +97,7 @@ class DiskStorage(KVStorage):
             file.truncate(room + layers * count * size)
             mapped = mmap.mmap(file.fileno(), 0)
         data = self._tensor(mapped, room, layers * count).view(layers, count, *self.layout.shape)
-        torch.cat(list(pages), dim=1, out=data)
+        torch.index_select(pages.memory, 1, torch.from_numpy(pages.numbers), out=data)
         sums = [[_checksum(mapped, room + (i * count + p) * size, size) for p in range(count)] for i in range(layers)]
         header = json.dumps({"key": key, "num_pages": count, "data": room, "checksums": sums}).encode()
         assert _START.size + len(header) <= room

@@ -3,11 +3,20 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 Run = tuple[int, int]  # the first page, and one behind the last
 
 
-def pages_in(runs: Iterable[Run]) -> list[int]:
-    return [page for begin, end in runs for page in range(begin, end)]
+def pages_in(runs: Iterable[Run]) -> np.ndarray:
+    """[n] int64."""
+    return np.concatenate([np.arange(0), *(np.arange(begin, end) for begin, end in runs)])
+
+
+def runs_of(pages: np.ndarray) -> list[Run]:
+    """As few as can be, in the order of the pages."""
+    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(pages, breaks) if len(run)]
 
 
 class FreeRuns:
@@ -25,7 +34,7 @@ class FreeRuns:
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        yield from pages_in(self._ends.items())
+        yield from pages_in(self._ends.items()).tolist()
 
     def take(self, count: int) -> list[Run]:
         """So many pages, no more than are free: of the shortest run that has as many, else the longest ones whole."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.storage import KVStorage
 from hstu_compile.kv_cache.streams import Done, Event, Stream
-from hstu_compile.ops.page_copies import PageCopies
+from hstu_compile.ops.page_copies import HostPages, PageCopies
 
 log = logging.getLogger("hstu_compile")
 
@@ -23,7 +23,7 @@ class Stored:
     key: Key
     first: int  # page of the history
     pages: array  # on the GPU
-    memory: list[Tensor]  # on the host, [num_layers, n, 2, page_size, H, D] each
+    memory: HostPages  # of as many pages, [num_layers, N, 2, page_size, H, D]
     is_stored: bool = False
 
 
@@ -79,6 +79,6 @@ class Offload:
         pages = array("i")
         for user in self.users:
             pages.extend(user.pages)
-        copies = PageCopies(pages, [piece for user in self.users for piece in user.memory])
+        copies = PageCopies(pages, [user.memory for user in self.users])
         for layer, pool in enumerate(self._pools):
             copies.store(pool, layer)

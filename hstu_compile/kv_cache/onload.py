@@ -15,7 +15,7 @@ from torch import Tensor
 from hstu_compile.kv_cache.layout import Key
 from hstu_compile.kv_cache.storage import KVStorage, StorageError
 from hstu_compile.kv_cache.streams import Event, Stream
-from hstu_compile.ops.page_copies import PageCopies, addressable
+from hstu_compile.ops.page_copies import HostPages, PageCopies, addressable
 
 log = logging.getLogger("hstu_compile")
 
@@ -121,15 +121,15 @@ class LayerwiseLoad:
 
     def _read(self, layer: int | None = None) -> PageCopies | None:
         """The valid pages of all users, of one layer or all; None: there are none, or the load is cancelled."""
-        parts: list[Tensor] = []
+        parts: list[HostPages] = []
         pages = array("i")
         for user in self.users:
             parts += self._parts_of(user, layer)
             pages.extend(user.pages[: user.valid])
         if not parts:
             return None
-        if layer is not None and self._pools[0].is_cuda and not addressable(parts):
-            parts = [torch.cat(parts, dim=1).pin_memory()]
+        if layer is not None and self._pools[0].is_cuda and not addressable([part.memory for part in parts]):
+            parts = [HostPages.all_of(torch.cat([part.memory for part in parts], dim=1).pin_memory())]
         self._copies.append(PageCopies(pages, parts))
         return self._copies[-1]
 
@@ -147,19 +147,23 @@ class LayerwiseLoad:
             self.bytes += self._storage.layout.layer_bytes * sum(user.valid for user in self.users)
         self._given[layer].set()
 
-    def _parts_of(self, user: Loaded, layer: int | None) -> Sequence[Tensor]:
-        """Of one user, [1 or num_layers, n, *layout.shape] each, after finding out which pages are valid."""
+    def _parts_of(self, user: Loaded, layer: int | None) -> Sequence[HostPages]:
+        """Of one user, in one layer or all, after finding out which pages are valid."""
         layout = self._storage.layout
         while user.valid and not self._cancelled:
             try:
                 if layer is None:
-                    parts, layers = self._storage.read_all(user.key, user.valid), layout.num_layers
+                    parts, layers = [self._storage.read_all(user.key, user.valid)], layout.num_layers
                 else:
-                    parts, layers = [x[None] for x in self._storage.read(user.key, layer, user.valid)], 1
+                    read = self._storage.read(user.key, layer, user.valid)
+                    parts, layers = [HostPages.all_of(part[None]) for part in read], 1
                 expected = (layers, *layout.shape)
-                if any((x.shape[0], *x.shape[2:]) != expected or x.dtype != layout.dtype for x in parts):
-                    raise StorageError("pages of another layout were read")
-                if (count := sum(x.shape[1] for x in parts)) != user.valid:
+                for x, numbers in parts:
+                    if (x.shape[0], *x.shape[2:]) != expected or x.dtype != layout.dtype:
+                        raise StorageError("pages of another layout were read")
+                    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < x.shape[1]:
+                        raise StorageError(f"pages were read from outside of a memory of {x.shape[1]}")
+                if (count := sum(len(part.numbers) for part in parts)) != user.valid:
                     raise StorageError(f"{count} pages were read, expected {user.valid}")
                 return parts
             except Exception as error:

@@ -6,11 +6,15 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_compile.kv_cache.free_runs import FreeRuns, Run
+from hstu_compile.kv_cache.free_runs import FreeRuns, pages_in, runs_of
 from hstu_compile.kv_cache.layout import Key, PageLayout
+from hstu_compile.ops.page_copies import HostPages
+
+NO_PAGES = np.arange(0)
 
 
 class StorageError(RuntimeError):
@@ -43,17 +47,18 @@ class KVStorage(ABC):
     def scan(self) -> Iterable[tuple[Key, int]]:
         """The users that are there at the start, and how many pages each has."""
 
-    def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
-        """Host memory for the next pages of a user: [num_layers, n, *layout.shape] each, num_pages together.
+    def reserve(self, key: Key, num_pages: int) -> HostPages:
+        """Host memory for the next pages of a user: num_pages of a memory [num_layers, N, *layout.shape].
 
         They go to `append`; `truncate` takes them back.
         """
         layout = self.layout
         shape = (layout.num_layers, num_pages, *layout.shape)
-        return [torch.empty(shape, dtype=layout.dtype, device="cpu", pin_memory=torch.cuda.is_available())]
+        pinned = torch.cuda.is_available()
+        return HostPages.all_of(torch.empty(shape, dtype=layout.dtype, device="cpu", pin_memory=pinned))
 
     @abstractmethod
-    def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
+    def append(self, key: Key, first_page: int, pages: HostPages) -> None:
         """Keep pages, those of `reserve`, behind the first_page pages that the user has."""
 
     @abstractmethod
@@ -64,8 +69,8 @@ class KVStorage(ABC):
             StorageError: they are not what was appended.
         """
 
-    def read_all(self, key: Key, num_pages: int) -> Sequence[Tensor]:
-        """The same in all layers: [num_layers, n, *layout.shape] each."""
+    def read_all(self, key: Key, num_pages: int) -> HostPages:
+        """The same in all layers: num_pages of a memory [num_layers, N, *layout.shape]."""
         raise NotImplementedError
 
     @abstractmethod
@@ -103,47 +108,36 @@ class MemoryStorage(KVStorage):
             torch.cuda.check_error(cudart.cudaHostRegister(address, len(block), 0))
             self._unpin = weakref.finalize(self, cudart.cudaHostUnregister, address)
         self._free = FreeRuns(num_pages)
-        self._reserved: dict[Key, list[Run]] = {}
-        self._runs: dict[Key, list[Run]] = {}
+        self._reserved: dict[Key, np.ndarray] = {}  # of pages, as in HostPages
+        self._numbers: dict[Key, np.ndarray] = {}
 
     def scan(self) -> Iterable[tuple[Key, int]]:
         return ()
 
-    def reserve(self, key: Key, num_pages: int) -> list[Tensor]:
+    def reserve(self, key: Key, num_pages: int) -> HostPages:
         if num_pages > len(self._free):
             raise StorageError(f"MemoryStorage: {num_pages} pages are asked for, expected at most {len(self._free)}")
-        runs = self._free.take(num_pages)
-        self._reserved[key] = runs
-        return [self._memory[:, first:last] for first, last in runs]
+        self._reserved[key] = pages_in(self._free.take(num_pages))
+        return HostPages(self._memory, self._reserved[key])
 
-    def append(self, key: Key, first_page: int, pages: Sequence[Tensor]) -> None:
-        self._runs[key] = self._runs.get(key, []) + self._reserved.pop(key)
+    def append(self, key: Key, first_page: int, pages: HostPages) -> None:
+        self._numbers[key] = np.concatenate([self._numbers.get(key, NO_PAGES), self._reserved.pop(key)])
 
     def read(self, key: Key, layer: int, num_pages: int) -> Sequence[Tensor]:
-        return [part[layer] for part in self.read_all(key, num_pages)]
+        memory, numbers = self.read_all(key, num_pages)
+        return [memory[layer, first:last] for first, last in runs_of(numbers)]
 
-    def read_all(self, key: Key, num_pages: int) -> Sequence[Tensor]:
-        return [self._memory[:, first:last] for first, last in _split(self._runs[key], num_pages)[0]]
+    def read_all(self, key: Key, num_pages: int) -> HostPages:
+        return HostPages(self._memory, self._numbers[key][:num_pages])
 
     def truncate(self, key: Key, num_pages: int) -> None:
-        kept, dropped = _split(self._runs.pop(key, []), num_pages)
-        if kept:
-            self._runs[key] = kept
-        for run in dropped + self._reserved.pop(key, []):
-            self._free.give(run)
+        numbers = self._numbers.pop(key, NO_PAGES)
+        if num_pages and len(numbers):
+            self._numbers[key] = numbers[:num_pages]
+        for pages in (numbers[num_pages:], self._reserved.pop(key, NO_PAGES)):
+            for run in runs_of(pages):
+                self._free.give(run)
 
     def close(self) -> None:
         if torch.cuda.is_available():
             self._unpin()
-
-
-def _split(runs: Sequence[Run], num_pages: int) -> tuple[list[Run], list[Run]]:
-    """Their first pages, and the others."""
-    first: list[Run] = []
-    others: list[Run] = []
-    for begin, end in runs:
-        middle = min(begin + num_pages, end)
-        num_pages -= middle - begin
-        first += [(begin, middle)] if begin < middle else []
-        others += [(middle, end)] if middle < end else []
-    return first, others
