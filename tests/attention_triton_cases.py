@@ -262,11 +262,16 @@ def test_mask_tensor_of_every_head_with_everything() -> None:
     check(*tensors, {**arguments, **MASKS["everything"], "attn_mask": mask, "attn_bias": bias})
 
 
-def mask_of_tiles(N: int, grain: int, batches: int = 2, heads: int = 3) -> torch.Tensor:
+MASKS_OF_TILES = (2, 3) if GPU else (1, 2)  # batch and heads
+
+
+def mask_of_tiles(N: int, grain: int) -> torch.Tensor:
     """Tiles of zeros, of ones, of ones but for one cell, and some larger ones of the same."""
-    tiles = torch.randint(0, 3, (batches, heads, triton.cdiv(N, grain), triton.cdiv(N, grain)), device=DEVICE)
+    tiles = torch.randint(0, 3, (*MASKS_OF_TILES, triton.cdiv(N, grain), triton.cdiv(N, grain)), device=DEVICE)
     tiles[:, 0, :4, 1:5] = 0
     tiles[0, :, 2:6, 4:] = 1
+    tiles[:, 0, :8, -1] = 0  # at the edge a larger tile has as many columns, and rows
+    tiles[0, :, -1, -1] = 1
     mask = tiles.bool().repeat_interleave(grain, 2).repeat_interleave(grain, 3).float()
     mask[:, :, ::grain, ::grain] *= tiles  # that one is 2
     return mask[:, :, :N, :N]
@@ -276,9 +281,9 @@ def mask_of_tiles(N: int, grain: int, batches: int = 2, heads: int = 3) -> torch
 def test_tile_states(N: int) -> None:
     mask = mask_of_tiles(N, GRAIN)
     weird = torch.where(mask == 2, float("nan"), mask)
-    for cells in (mask, mask.bool(), mask.long(), weird, mask.mT, mask[:1].expand(5, 3, N, N), mask.half()):
+    for cells in (mask, mask.bool(), mask.long(), weird, mask.mT, mask[:1].expand(5, -1, N, N), mask.half()):
         assert torch.equal(mask_occupancy.tile_states(cells, GRAIN), mask_tile_states_reference(cells))
-    spread = torch.full((2, 3, N + 5, N + 3), float("nan"), device=DEVICE)[:, :, 5:, 2 : N + 2].copy_(mask)
+    spread = torch.full((*MASKS_OF_TILES, N + 5, N + 3), float("nan"), device=DEVICE)[:, :, 5:, 2 : N + 2].copy_(mask)
     assert torch.equal(mask_occupancy.tile_states(spread, GRAIN), mask_tile_states_reference(mask))
 
 
@@ -290,7 +295,7 @@ def test_lists_of_occupied_tiles(rows: int, cols: int, monkeypatch) -> None:
     N = 4 * max(cols, grain) + 3  # a list takes its width in tiles several times
     mask = mask_of_tiles(N, grain)
     row_tiles, col_tiles = triton.cdiv(N, rows), triton.cdiv(N, cols)
-    held, ones = (torch.empty(2, 3, row_tiles, col_tiles, dtype=torch.bool, device=DEVICE) for _ in range(2))
+    held, ones = (torch.empty(*MASKS_OF_TILES, row_tiles, col_tiles, dtype=torch.bool, device=DEVICE) for _ in range(2))
     for row, col in itertools.product(range(row_tiles), range(col_tiles)):
         first_row, first_col = row * rows // grain * grain, col * cols // grain * grain
         part = mask[:, :, first_row : first_row + max(rows, grain), first_col : first_col + max(cols, grain)]
