@@ -116,4 +116,6 @@ def _page_bytes(memory: Tensor) -> int:
 def _distances(parts: Sequence[HostPages]) -> np.ndarray:
     """Bytes from where the first part's memory begins to each page, int64 [pages]."""
     first = parts[0].memory.data_ptr()
-    return np.concatenate([p.numbers * _page_bytes(p.memory) + (p.memory.data_ptr() - first) for p in parts])
+    numbers = [part.numbers.astype(np.int64, copy=False) for part in parts]  # of a storage that has fewer bits
+    each = [n * _page_bytes(p.memory) + (p.memory.data_ptr() - first) for n, p in zip(numbers, parts, strict=True)]
+    return np.concatenate(each)

@@ -7,6 +7,7 @@ from array import array
 from typing import Any
 
 import compile_only
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hstu_compile.kv_cache.free_runs import pages_in
 from hstu_compile.ops.kernels import page_copies as kernels
 from hstu_compile.ops.kernels.launch import Extent
 from hstu_compile.ops.page_copies import HostPages, PageCopies, addressable
+from hstu_compile.ops.page_copies import _distances as distances
 
 SHAPE = (2, 16, 3, 8)  # of a page; 1536 bytes in bf16, no multiple of what a program copies at once
 ON_HOST = [(7, 9), (0, 1), (20, 24), (3, 4)]  # runs of the host's pages
@@ -22,6 +24,7 @@ PAGES = array("i", [5, 11, 2, 3, 4, 0, 9, 8])  # of the pool
 
 
 LAYERS = 3
+PAGE_BYTES = 2 * 2 * 16 * 3 * 8
 
 
 def numbers(*pages: int, device: str = "cpu") -> Tensor:
@@ -86,6 +89,14 @@ def test_parts_that_are_not_laid_out_alike() -> None:
         copies.store(pool, layer)
         torch.cuda.synchronize()
         assert torch.equal(torch.cat([part[layer] for part in parts]), pool.cpu()[list(PAGES)])
+
+
+def test_distances_are_those_of_large_memories() -> None:
+    """From the first part's memory, whatever integers the numbers are."""
+    memory = numbers(LAYERS, 24)
+    parts = [HostPages(memory[:, 4:], np.array([3, 0], dtype=np.int8)), HostPages.all_of(memory[:, 2:3])]
+    found = distances(parts)
+    assert found.dtype == np.int64 and found.tolist() == [PAGE_BYTES * n for n in (3, 0, -2)]
 
 
 def test_what_the_kernel_cannot_address() -> None:
