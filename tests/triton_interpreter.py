@@ -4,7 +4,7 @@ Loop bounds may come from arguments under numpy >= 2.4: its scalars are arrays o
 an error. And it is fast enough for tests: it replaces every function of triton.language for a call, those of one
 @triton.jit function by another among them, inside of which that has been done.
 
-Private functions, read in triton 3.6.
+Private functions, read in triton 3.6 to 3.9.
 """
 
 import functools
