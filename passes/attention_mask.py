@@ -25,7 +25,7 @@ from hstu_compile.passes.report import spoken
 __all__ = ["MaskMeaning", "MaskTerm", "Opaque", "Scalar", "identify", "silu_of_fill_is_zero"]
 
 ROLES = ("targets", "contextual", "lengths")
-FAMILY = "known are causal or full, padding, a window, contextual rows, targets, and these together"
+FAMILY = "leave it as it is; known are causal or full, padding, a window, contextual rows, targets, and these together"
 LONGEST_TABLE = 2048  # a mask made from a constant tensor is compared cell by cell up to this length
 
 

@@ -175,7 +175,7 @@ def read_chain(chain: list[fx.Node], dims: Dims, axes: Axes) -> Scores:
                 raise Misfit(
                     node,
                     "dropout on the attention weights",
-                    "leave it out; after norm and gate it is fused (another model in training, the same in eval)",
+                    "leave it out; dropout after norm and gate is fused (another model in training, the same in eval)",
                 )
         elif is_silu(node):
             if scores.silu is not None:
@@ -212,7 +212,8 @@ def _read_call(node: fx.Node, main: fx.Node, dims: Dims, scores: Scores) -> None
                 raise Misfit(
                     node,
                     f"masked with {fill:g} before silu, which gives {'not exactly 0' if isfinite(fill) else 'NaN'}",
-                    "mask after silu, with 0: F.silu(scores).masked_fill(~mask, 0), or F.silu(scores) * mask",
+                    "mask after silu, with 0: F.silu(scores).masked_fill(~mask, 0), or F.silu(scores) * mask "
+                    "(same numbers in rows that have no NaN now)",
                 )
         elif fill != 0:
             raise Misfit(node, f"masked with {fill:g}, not 0, after silu", "fill with 0")

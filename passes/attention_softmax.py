@@ -11,7 +11,7 @@ from hstu_compile.passes.graph import argument, aten, is_call, is_cast, number, 
 from hstu_compile.passes.products import as_product
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
-HSTU = "weights = F.silu(scores) / N * mask, N a constant, say the longest length (another model)"
+HSTU = "weights = F.silu(scores) / c * mask, c a constant, say the longest length (another model)"
 
 
 def instead_of(strange: fx.Node, chain: list[fx.Node], dims: Dims, axes: Axes, keys: Axis) -> str:

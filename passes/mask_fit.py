@@ -78,7 +78,7 @@ def difference(reading: Reading, parameters: Parameters, samples: Samples) -> st
     counts = {"targets": int(targets[p]), "contextual": int(contextual[p])}
     told = "".join(f", {count} {name}" for name, count in counts.items() if count)
     cell = f"row {int(samples.rows[p, r])}, column {int(samples.cols[p, 0, c])}"
-    return f"{cell} of a sequence of {int(lengths[p])}{told} is {'live' if observed.live[p, r, c] else 'dead'}"
+    return f"{cell} of a sequence of {int(lengths[p])}{told} is {'kept' if observed.live[p, r, c] else 'masked'}"
 
 
 def _edges(reading: Reading) -> dict[str, list[int]]:

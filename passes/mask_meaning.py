@@ -82,7 +82,10 @@ class Opaque:
     """The mask stays a tensor operand; why, and what would not."""
 
     reason: str
-    change: str = "build it from positions (arange, tril) and counts a sequence (lengths, offsets, targets) alone"
+    change: str = (
+        "build it from positions (arange, tril) and counts a sequence (lengths, offsets, targets) alone; "
+        "of other data it stays a tensor"
+    )
 
 
 def silu_of_fill_is_zero(value: float, dtype: torch.dtype) -> bool:

@@ -28,7 +28,7 @@ def find(graph: fx.Graph, known: set[fx.Node], pass_name: str) -> list[Region]:
             reason = "there is no norm between attention and gate"
             if what:
                 reason = f"between attention and gate stands {what}, not a norm over the features of a token"
-            change = "one of layer, RMS or group norm over the features of a token (another model; or leave yours)"
+            change = "use a layer, RMS or group norm over the features of a token (another model; or leave yours)"
             found.append(Region(pass_name, "norm * gate", source_line(product), reason, change=change))
     return found
 

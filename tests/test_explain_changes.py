@@ -80,7 +80,7 @@ def test_arguments_of_scaled_dot_product_attention(kind: str) -> None:
     weights, told = SOFTMAX[kind]
     (miss,) = report_of(with_weights(weights)).missed("attention")
     change = miss.change or ""
-    assert "weights = F.silu(scores) / N * mask" in change
+    assert "weights = F.silu(scores) / c * mask" in change
     assert ("scaled_dot_product_attention" in change) is (told is not None) and (told or "") in change, change
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 CONTEXT = "Developer debug context: "
-COST = "what it cuts in two, an attention or a layer, is not fused as one"
+COST = "what it cuts in two, an attention or a layer, is not fused as one; explain again without the break"
 
 BRANCH = (
     "a Python branch on the value of a tensor",
@@ -21,7 +21,8 @@ KNOWN = {
     "Data-dependent branching": BRANCH,
     "Unsupported Tensor.item() call": (
         "a number is read from a tensor",
-        "keep it a tensor (no .item(), int(), float()), or set torch._dynamo.config.capture_scalar_outputs",
+        "keep it a tensor (no .item(), int(), float()), or set torch._dynamo.config.capture_scalar_outputs = True "
+        "(same numbers)",
     ),
     "Data dependent operator": (
         "a call whose result depends on the values of a tensor",
