@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.inference_problem import NUM_ITEMS
 from hstu_compile.kv_cache import Key, MemoryStorage, StorageError
-from hstu_compile.kv_cache.storage import NO_PAGES
+from hstu_compile.kv_cache.free_runs import NO_PAGES
 
 FORGOTTEN = 0.005  # of the users of requests: their history is another one from here on
 

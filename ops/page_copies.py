@@ -26,7 +26,7 @@ class HostPages(NamedTuple):
     """Pages in host memory, wherever they lie in it: a number each, and no tensor."""
 
     memory: Tensor  # [num_layers, N, ...]
-    numbers: np.ndarray  # [n] int64: which of the N, in their order
+    numbers: np.ndarray  # [n] int32 or int64: which of the N, in their order
 
     @classmethod
     def all_of(cls, memory: Tensor) -> "HostPages":
@@ -116,6 +116,6 @@ def _page_bytes(memory: Tensor) -> int:
 def _distances(parts: Sequence[HostPages]) -> np.ndarray:
     """Bytes from where the first part's memory begins to each page, int64 [pages]."""
     first = parts[0].memory.data_ptr()
-    numbers = [part.numbers.astype(np.int64, copy=False) for part in parts]  # of a storage that has fewer bits
+    numbers = [part.numbers.astype(np.int64, copy=False) for part in parts]  # in bytes they are larger
     each = [n * _page_bytes(p.memory) + (p.memory.data_ptr() - first) for n, p in zip(numbers, parts, strict=True)]
     return np.concatenate(each)

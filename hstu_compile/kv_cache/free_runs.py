@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 Run = tuple[int, int]  # the first page, and one behind the last
+NO_PAGES = np.arange(0)
 
 
 def pages_in(runs: Iterable[Run]) -> np.ndarray:
     """[n] int64."""
-    return np.concatenate([np.arange(0), *(np.arange(begin, end) for begin, end in runs)])
+    return np.concatenate([NO_PAGES, *(np.arange(begin, end) for begin, end in runs)])
 
 
 def runs_of(pages: np.ndarray) -> list[Run]:

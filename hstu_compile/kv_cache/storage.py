@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_compile.kv_cache.free_runs import FreeRuns, pages_in, runs_of
+from hstu_compile.kv_cache.free_runs import NO_PAGES, FreeRuns, pages_in, runs_of
 from hstu_compile.kv_cache.layout import Key, PageLayout
 from hstu_compile.ops.page_copies import HostPages
-
-NO_PAGES = np.arange(0)
 
 
 class StorageError(RuntimeError):
